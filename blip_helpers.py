@@ -1,0 +1,1143 @@
+"""Compile Hugging Face's ``BlipForQuestionAnswering`` for AWS Neuron (Inf2), one notebook at a time.
+
+Read it from top to bottom: the order is that of the notebooks. Everywhere, B is the number of questions a call takes, R
+the number of rows the decoder takes (B times the beams), Q the traced question length, A the traced answer length (the
+start token counts), T the number of image tokens, D the hidden size and V the vocabulary size.
+
+Facts about Neuron come from the AWS Neuron SDK documentation, https://awsdocs-neuron.readthedocs-hosted.com, SDK 2.31.
+"""
+
+import ast
+import hashlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import linecache
+import os
+import shlex
+import textwrap
+import warnings
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    BlipConfig,
+    BlipForQuestionAnswering,
+    BlipProcessor,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    ResNetForImageClassification,
+)
+from transformers.image_utils import is_valid_image
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithCrossAttentions
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+from transformers.models.blip.modeling_blip_text import BlipTextLayer
+from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
+from transformers.utils import logging as transformers_logging
+
+MODELS = Path(__file__).parent / "models"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For every notebook: where it runs, comparing, showing, waiting
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def default_backend():
+    """``"neuron"`` where the package torch_neuronx is installed, else ``"cpu"``, the stand-in."""
+    return "neuron" if importlib.util.find_spec("torch_neuronx") else "cpu"
+
+
+def what_runs_here():
+    """What the compiled cells of a notebook ran on, in words."""
+    return {"neuron": "AWS Neuron", "cpu": "CPU stand-in for Neuron"}[default_backend()]
+
+
+def uses_bundled_models():
+    """Whether the notebooks run on this repository's own models: only of them are accuracies asserted."""
+    return not (os.environ.get("BLIP_MODEL") or os.environ.get("RESNET_MODEL"))
+
+
+def question_count(most=1000):
+    """How many questions to ask: the environment variable ``QUESTIONS``, by default 1,000 (20 for another checkpoint)."""
+    return min(most, int(os.environ.get("QUESTIONS") or (1000 if uses_bundled_models() else 20)))
+
+
+def check_close(actual, expected, bound):
+    """Assert that two tensors of one shape differ nowhere by `bound` or more, and print the bound and the difference."""
+    if actual.shape != expected.shape:
+        raise AssertionError(f"shapes differ: {list(actual.shape)} and {list(expected.shape)}")
+    worst = (actual.double() - expected.double()).abs().max().item()
+    assert worst < bound, f"max |difference| is {worst:.1e}, the bound is {bound:.0e}"
+    print(f"OK  max |difference| < {bound:.0e}  (measured {worst:.1e})")
+
+
+def check_equal(actual, expected, what="answers"):
+    """Assert that two sequences of token ids or strings are equal, item by item, and print how many were compared."""
+    actual, expected = list(actual), list(expected)
+    different = [i for i, (a, b) in enumerate(zip(actual, expected, strict=True)) if a != b]
+    assert not different, f"{len(different)} of {len(actual)} {what} differ, the first at {different[0]}"
+    print(f"OK  {len(actual)}/{len(actual)} {what} equal")
+
+
+def progress(items, marks=50):
+    """Yield `items` and print a bar of `marks` dots on the way, the same text on every run."""
+    items = list(items)
+    for i, item in enumerate(items, 1):
+        yield item
+        print("." * (i * marks // len(items) - (i - 1) * marks // len(items)), end="", flush=True)
+    print(f" {len(items)}")
+
+
+def show_source(thing):
+    """Print the source of a class or function of this module, without its docstrings."""
+    lines = textwrap.dedent(inspect.getsource(thing)).splitlines()
+    for node in ast.walk(ast.parse("\n".join(lines))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+            lines[node.body[0].lineno - 1 : node.body[0].end_lineno] = [None] * (
+                node.body[0].end_lineno - node.body[0].lineno + 1
+            )
+    text = "\n".join(line for line in lines if line is not None)
+    while "\n\n\n" in text or ":\n\n" in text:
+        text = text.replace("\n\n\n", "\n\n").replace(":\n\n", ":\n")
+    print(text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 01  Trace a module: fixed shapes, positional tensors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_resnet(source=None):
+    """Load an image classifier.
+
+    Parameters
+    ----------
+    source : str or Path, optional
+        A directory or a hub name; by default the environment variable ``RESNET_MODEL``, and without it the small
+        model of this repository.
+
+    Returns
+    -------
+    model : ResNetForImageClassification, fp32, in eval mode
+    image_processor : ConvNextImageProcessorPil
+    """
+    source = source or os.environ.get("RESNET_MODEL") or MODELS / "tiny-resnet"
+    with torch.inference_mode(False):
+        model = ResNetForImageClassification.from_pretrained(source, dtype=torch.float32).eval()
+    return model, ConvNextImageProcessorPil.from_pretrained(source)
+
+
+def neuron_compiler_args(auto_cast="none", auto_cast_type="bf16", *, optlevel=2, logfile=None):
+    """Arguments for neuronx-cc.
+
+    Since SDK 2.27 ``--auto-cast`` is ``none`` unless it is given, and ``--auto-cast-type`` alone changes nothing. So
+    both are written, or neither type nor cast takes place.
+
+    Parameters
+    ----------
+    auto_cast : {"none", "matmult", "all"}
+        Which fp32 operations are cast.
+    auto_cast_type : {"bf16", "fp16", "tf32", "fp8_e4m3"}
+        What they are cast to.
+    optlevel : {1, 2, 3}
+        1 compiles fastest, 3 tries hardest.
+    logfile : str or Path, optional
+        Where the compiler writes its log; by default into the working directory.
+
+    Returns
+    -------
+    list of str
+
+    Raises
+    ------
+    ValueError
+        For a value that neuronx-cc does not know.
+    """
+    known = {
+        "auto_cast": ("none", "matmult", "all"),
+        "auto_cast_type": ("bf16", "fp16", "tf32", "fp8_e4m3"),
+        "optlevel": (1, 2, 3),
+    }
+    given = {"auto_cast": auto_cast, "auto_cast_type": auto_cast_type, "optlevel": optlevel}
+    for name, values in known.items():
+        if given[name] not in values:
+            raise ValueError(f"{name} is {given[name]!r}; neuronx-cc knows {', '.join(map(str, values))}")
+    args = ["--model-type", "transformer", "--optlevel", str(optlevel), "--auto-cast", auto_cast]
+    if auto_cast != "none":
+        args += ["--auto-cast-type", auto_cast_type]
+    if logfile is not None:
+        args += ["--logfile", str(logfile)]
+    return args
+
+
+def trace_module(module, example_inputs, *, input_output_aliases=None, backend=None, compiler_args=None):
+    """Trace `module` for the shapes and dtypes of `example_inputs`.
+
+    On Neuron this is ``torch_neuronx.trace``. Elsewhere it is a stand-in made with ``torch.jit.trace`` that runs on
+    the CPU and keeps Neuron's rules: it takes positional tensors of exactly the traced shapes and dtypes and refuses
+    anything else, also after ``torch.jit.save`` and ``torch.jit.load`` in another process.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Its ``forward`` takes positional tensors and returns a tensor or a tuple of tensors. Put it into eval mode.
+    example_inputs : Tensor or tuple of Tensor
+        One call's inputs, on the CPU.
+    input_output_aliases : dict of Parameter to int, optional
+        State: the output of that index stays inside as the parameter's next value and is not returned. Real outputs
+        come first.
+    backend : {"neuron", "cpu"}, optional
+        By default `default_backend`.
+    compiler_args : str or list of str, optional
+        For neuronx-cc; by default `neuron_compiler_args`. The stand-in does not compile and ignores them.
+
+    Returns
+    -------
+    torch.jit.ScriptModule
+
+    Raises
+    ------
+    ValueError
+        If `module`, an example input, an alias or the backend is not of the kind described here.
+    """
+    backend = _known_backend(backend)
+    aliases = input_output_aliases or {}
+    example_inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"module is a {type(module).__name__}: pass an nn.Module, or wrap the function in one")
+    if not isinstance(example_inputs, tuple | list) or not example_inputs:
+        raise ValueError(f"example_inputs is {_describe(example_inputs)}: pass a tuple of tensors, in forward's order")
+    for name, example in zip(_input_names(module, len(example_inputs)), example_inputs, strict=True):
+        if not isinstance(example, torch.Tensor):
+            raise ValueError(f"example input {name} is {_describe(example)}: only tensors cross the trace boundary")
+    parameters = {id(parameter) for parameter in module.parameters()}
+    for key, index in aliases.items():
+        if id(key) not in parameters or not isinstance(index, int):
+            raise ValueError("input_output_aliases maps Parameters of the module to the index of an output")
+    # Outside inference mode a clone is an ordinary tensor: what is traced here works in every mode later.
+    with torch.inference_mode(False), torch.no_grad():
+        example_inputs = tuple(example.clone() for example in example_inputs)
+        if backend == "neuron":
+            import torch_neuronx
+
+            args = neuron_compiler_args() if compiler_args is None else compiler_args
+            return torch_neuronx.trace(
+                module, example_inputs, input_output_aliases=aliases, compiler_args=_as_list(args)
+            )
+        return _trace_for_cpu(module, example_inputs, aliases)
+
+
+def save_traced(traced, path):
+    """Save a traced module to `path` so that an interrupted save leaves the former file or none."""
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        torch.jit.save(traced, str(unfinished))
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def load_traced(path):
+    """Load a traced module; on Neuron this places it on a NeuronCore. Works in every grad and inference mode."""
+    with torch.inference_mode(False):
+        return torch.jit.load(str(path))
+
+
+def describe_inputs(module, example_inputs):
+    """The inputs that a trace is for: a dict of their names to text such as ``float32 [1, 3, 64, 64]``."""
+    names = _input_names(module, len(example_inputs))
+    return {name: _describe(example) for name, example in zip(names, example_inputs, strict=True)}
+
+
+def check_inputs(inputs, traced_for):
+    """Raise a `ValueError` unless `inputs` (tuple of Tensor) are what `traced_for` (see `describe_inputs`) says."""
+    if len(inputs) != len(traced_for):
+        raise ValueError(f"{len(inputs)} inputs; this graph was traced for {len(traced_for)}: {', '.join(traced_for)}")
+    for value, (name, wanted) in zip(inputs, traced_for.items(), strict=True):
+        if _describe(value) != wanted:
+            raise ValueError(_REFUSAL.format(name=name, got=_describe(value), wanted=wanted))
+
+
+class StaticGraph(nn.Module):
+    """A traced module and what it was traced for: it refuses other inputs with a `ValueError` before the call.
+
+    The module refuses them too; but what comes out of TorchScript is a ``torch.jit.Error`` of fifteen lines.
+    """
+
+    def __init__(self, graph, traced_for):
+        super().__init__()
+        self.graph = graph
+        self.traced_for = traced_for
+
+    def forward(self, *inputs):
+        check_inputs(inputs, self.traced_for)
+        return self.graph(*inputs)
+
+
+_REFUSAL = "{name} is {got}; this graph was traced for {wanted}: pass exactly that, or trace it again"
+
+
+def _describe(value):
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return f"a {type(value).__name__}"
+
+
+def _as_list(compiler_args):
+    return shlex.split(compiler_args) if isinstance(compiler_args, str) else [str(arg) for arg in compiler_args]
+
+
+def _known_backend(backend):
+    if backend not in (None, "neuron", "cpu"):
+        raise ValueError(f"backend is {backend!r}; there are 'neuron' and 'cpu'")
+    if backend == "neuron" and default_backend() != "neuron":
+        raise ValueError("backend is 'neuron', but torch_neuronx is not installed: see requirements-neuron.txt")
+    return backend or default_backend()
+
+
+def _input_names(module, count):
+    names = [
+        name
+        for name, parameter in inspect.signature(module.forward).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    return (names + [f"input {i}" for i in range(len(names), count)])[:count]
+
+
+class _KeepState(nn.Module):
+    """What ``input_output_aliases`` does on a NeuronCore: an aliased output becomes its parameter's next value."""
+
+    def __init__(self, module, aliases):
+        super().__init__()
+        self.module = module
+        self.aliases = aliases
+
+    def forward(self, *inputs):
+        outputs = self.module(*inputs)
+        for parameter, index in self.aliases.items():
+            parameter.copy_(outputs[index])
+        returned = tuple(o for i, o in enumerate(outputs) if i not in self.aliases.values())
+        return returned[0] if len(returned) == 1 else returned
+
+
+def _trace_for_cpu(module, example_inputs, aliases):
+    """``torch.jit.trace`` behind checks that are part of the saved file.
+
+    A trace accepts any shape and dtype. The checks are TorchScript written for the number of inputs at hand: the body of
+    ``forward`` looks at shapes and dtypes, and a forward pre-hook, whose input is the tuple of positional tensors,
+    refuses keywords, other counts and Python values. The code has a made-up file name, for a message without a path.
+    """
+    names = list(describe_inputs(module, example_inputs))
+    arguments = [f"positional_{i}" for i in range(len(names))]
+    tensors = ", ".join("Tensor" for _ in names)
+    checks = ""
+    for name, argument, example in zip(names, arguments, example_inputs, strict=True):
+        refusal = _REFUSAL.format(name=name, got="{got}", wanted=_describe(example)).split("{got}")
+        checks += f"""
+    if {argument}.dtype != {example.dtype} or {argument}.shape != {list(example.shape)}:
+        raise ValueError({refusal[0]!r} + name_of({argument}.dtype) + " " + str({argument}.shape) + {refusal[1]!r})"""
+    source = f"""
+def name_of(dtype: int) -> str:
+    names = {{{", ".join(f'{dtype}: "{str(dtype).removeprefix("torch.")}"' for dtype in _DTYPES)}}}
+    return names[dtype] if dtype in names else "another dtype"
+
+def forward(self, {", ".join(f"{argument}: Tensor" for argument in arguments)}):{checks}
+    return self.graph({", ".join(arguments)})
+
+def takes_positional_tensors_only(self, input: Tuple[{tensors}]) -> None:
+    return None
+"""
+    file = f"<inputs {describe_inputs(module, example_inputs)}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    scope = {"__name__": __name__, "Tensor": torch.Tensor, "Tuple": tuple, "torch": torch}
+    exec(compile(source, file, "exec"), scope)
+    guarded = type("TracedForCpu", (nn.Module,), {"forward": scope["forward"]})()
+    stateful = _KeepState(module, aliases) if aliases else module
+    with _quiet_properties():
+        guarded.graph = torch.jit.trace(stateful, example_inputs, check_trace=False)
+    guarded.register_forward_pre_hook(scope["takes_positional_tensors_only"])
+    return torch.jit.script(guarded.train(module.training))
+
+
+@contextmanager
+def _quiet_properties():
+    """torch.jit.trace reads every property of a module, and some of transformers' warn when they are read."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+_DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 02  Wrap the two encoders
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BlipShapes:
+    """The sizes that a trace fixes; those of the picture come from the model.
+
+    Parameters
+    ----------
+    batch_size : int
+        B, questions a call of the question graph.
+    num_beams : int
+        The decoder's R rows are ``batch_size * num_beams``: a call of ``generate()`` fits when its questions times its
+        beams (or returned sequences) are no more.
+    question_length : int
+        Q, tokens of a question with its ``[CLS]`` and ``[SEP]``.
+    answer_length : int
+        A, tokens of an answer with its start token: at most A - 1 new ones.
+    """
+
+    batch_size: int = 1
+    num_beams: int = 1
+    question_length: int = 16
+    answer_length: int = 24
+
+    def __post_init__(self):
+        for field in fields(self):
+            least = 2 if field.name == "answer_length" else 1
+            value = getattr(self, field.name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{field.name} is {value!r}: give a whole number of at least {least}")
+
+    @property
+    def rows(self):
+        """R, rows of the decoder."""
+        return self.batch_size * self.num_beams
+
+
+def load_blip(source=None):
+    """Load a visual-question-answering model, as Hugging Face made it.
+
+    Parameters
+    ----------
+    source : str or Path, optional
+        A directory or a hub name such as ``Salesforce/blip-vqa-base``; by default the environment variable
+        ``BLIP_MODEL``, and without it the small model of this repository.
+
+    Returns
+    -------
+    model : BlipForQuestionAnswering, fp32, in eval mode
+    processor : BlipProcessor
+        With the Pillow image processor, which needs no torchvision: one checkpoint gives the same pixels everywhere.
+    """
+    source = source or os.environ.get("BLIP_MODEL") or MODELS / "tiny-blip-vqa"
+    with torch.inference_mode(False):
+        model = BlipForQuestionAnswering.from_pretrained(source, dtype=torch.float32).eval()
+    image_processor = BlipImageProcessorPil.from_pretrained(source)
+    return model, BlipProcessor(image_processor, AutoTokenizer.from_pretrained(source))
+
+
+class NeuronVisionModel(nn.Module):
+    """The image graph: pixels in, image tokens out, one image a call."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values):
+        """pixel_values fp32 [1, 3, height, width] -> image_embeds fp32 [1, T, D]"""
+        return self.model(pixel_values=pixel_values, interpolate_pos_encoding=False).last_hidden_state
+
+
+class VisionModelWrapper(nn.Module):
+    """Stands in for ``model.vision_model``: keyword arguments and output object outside, the image graph inside."""
+
+    def __init__(self, graph):
+        super().__init__()
+        self.graph = graph
+
+    def forward(self, pixel_values, interpolate_pos_encoding=False):
+        """pixel_values fp32 [images, 3, height, width] -> last_hidden_state fp32 [images, T, D]"""
+        if interpolate_pos_encoding:
+            raise ValueError("interpolate_pos_encoding is True; the image graph has one image size: resize the picture")
+        image_embeds = torch.cat([self.graph(image[None]) for image in pixel_values])
+        return BaseModelOutputWithPooling(last_hidden_state=image_embeds)
+
+
+@contextmanager
+def acting_question_mask(model):
+    """Let the question mask act in the cross-attention of `model` for the length of a ``with`` block.
+
+    transformers 5 hands ``encoder_attention_mask`` to ``BlipTextAttention`` as its ``attention_mask``, and
+    ``BlipTextSelfAttention`` looks at ``encoder_attention_mask`` alone when it attends across: no mask arrives. A forward
+    pre-hook hands it on under the name that is looked at. Masks that are all ones change nothing.
+    """
+
+    def hand_on(module, args, kwargs):
+        return args, {**kwargs, "encoder_attention_mask": kwargs.get("attention_mask")}
+
+    layers = [m for m in model.modules() if isinstance(m, BlipTextLayer) and hasattr(m, "crossattention")]
+    hooks = [layer.crossattention.self.register_forward_pre_hook(hand_on, with_kwargs=True) for layer in layers]
+    try:
+        yield model
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def additive_mask(mask):
+    """1 and 0 -> 0 and -10,000, what attention adds to its scores; a dimension for the heads is put in.
+
+    The graph builds it from its input: Hugging Face drops a mask that is all ones while a lazy trace (torch-xla,
+    Neuron) is made, and the graph would ignore masks for ever. exp(-10,000) is 0 in every format, and unlike the
+    smallest fp32 number it is finite in bf16 and fp16 as well.
+
+    mask int64 [rows, ...] -> fp32 [rows, 1, ...]
+    """
+    return (1.0 - mask.float()).unsqueeze(1) * -10_000.0
+
+
+class NeuronTextEncoder(nn.Module):
+    """The question graph: B padded questions about one image."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask, encoder_hidden_states):
+        """input_ids, attention_mask int64 [B, Q], encoder_hidden_states fp32 [1, T, D] -> question_embeds fp32 [B, Q, D]"""
+        return self.model(
+            input_ids=input_ids,
+            attention_mask=additive_mask(attention_mask[:, None, :]),
+            encoder_hidden_states=encoder_hidden_states,
+        ).last_hidden_state
+
+
+class TextEncoderWrapper(nn.Module):
+    """Stands in for ``model.text_encoder``: any number of questions about one image outside, B at a time inside."""
+
+    def __init__(self, graph, shapes):
+        super().__init__()
+        self.graph = graph
+        self.shapes = shapes
+
+    def forward(self, input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask=None, return_dict=False):
+        """input_ids, attention_mask int64 [questions, Q], encoder_hidden_states fp32 [1, T, D]
+        -> (question_embeds fp32 [questions, Q, D],)
+
+        Every image token counts, so that ``encoder_attention_mask`` has nothing to say."""
+        questions = []
+        batch_size = self.shapes.batch_size
+        for ids, mask in zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True):
+            embeds = self.graph(fill_rows(ids, batch_size), fill_rows(mask, batch_size), encoder_hidden_states)
+            questions.append(embeds[: len(ids)])
+        return (torch.cat(questions),)
+
+
+def fill_rows(tensor, rows):
+    """Repeat the last row until there are `rows`; what comes out of such filler is cut off again."""
+    return torch.cat([tensor, tensor[-1:].expand(rows - len(tensor), *tensor.shape[1:])])
+
+
+def pad_question(input_ids, attention_mask, question_length, pad_token_id=0):
+    """Pad to the traced length: int64 [questions, q] -> input_ids and attention_mask int64 [questions, Q].
+
+    Raises
+    ------
+    ValueError
+        If a question is longer than Q or has no token at all; nothing is cut off.
+    """
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    if input_ids.dim() != 2 or attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"input_ids is {_describe(input_ids)} and attention_mask {_describe(attention_mask)}: both have to be "
+            "[questions, tokens]"
+        )
+    attention_mask = (attention_mask != 0).long()
+    tokens = input_ids.shape[1]
+    if tokens > question_length:
+        raise ValueError(
+            f"question has {tokens} tokens; this model was traced for {question_length}: "
+            f"trace it with question_length >= {tokens}"
+        )
+    if not attention_mask.any(dim=1).all():
+        raise ValueError("a question is empty (its attention_mask has no 1): ask something")
+    padding = (0, question_length - tokens)
+    return F.pad(input_ids, padding, value=pad_token_id), F.pad(attention_mask, padding)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 03  Pad the decoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class PaddedDecoder(nn.Module):
+    """The answer graph: all A tokens of the answer so far, padded, in; the logits of one position out."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.decoder = model
+
+    def forward(self, input_ids, encoder_hidden_states, encoder_attention_mask, attention_mask, position):
+        """input_ids, attention_mask int64 [R, A], encoder_hidden_states fp32 [R, Q, D], encoder_attention_mask int64
+        [R, Q], position int64 [1] -> logits fp32 [R, 1, V]
+
+        The position is chosen before the vocabulary head, which so runs on one position instead of A."""
+        length = input_ids.shape[1]
+        causal = torch.ones(length, length, dtype=attention_mask.dtype, device=attention_mask.device).tril()
+        with acting_question_mask(self.decoder):
+            return self.decoder(
+                input_ids=input_ids,
+                attention_mask=additive_mask(causal * attention_mask[:, None, :]),
+                encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=additive_mask(encoder_attention_mask[:, None, :]),
+                logits_to_keep=position,
+                use_cache=False,
+            ).logits
+
+
+class DecoderOutputFormatter(nn.Module):
+    """Gives the graph's bare tensor the name that ``generate()`` reads."""
+
+    def __init__(self, decoder):
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, input_ids, encoder_hidden_states, encoder_attention_mask, attention_mask, position):
+        logits = self.decoder(input_ids, encoder_hidden_states, encoder_attention_mask, attention_mask, position)
+        return CausalLMOutputWithCrossAttentions(logits=logits)
+
+
+class DecoderPaddedGenerator(PreTrainedModel, GenerationMixin):
+    """Stands in for ``model.text_decoder``: Hugging Face's ``generate()`` around a graph of fixed length.
+
+    Parameters
+    ----------
+    config : BlipTextConfig
+    decoder : nn.Module
+        A `PaddedDecoder`, or what became of it in a trace.
+    shapes : BlipShapes
+    generation_config : GenerationConfig
+        That of ``model.text_decoder``: it, not the whole model's, rules what ``generate()`` does.
+    """
+
+    main_input_name = "input_ids"
+
+    def __init__(self, config, decoder, shapes, generation_config):
+        super().__init__(config)
+        self.decoder = DecoderOutputFormatter(decoder)
+        self.shapes = shapes
+        self.generation_config = GenerationConfig.from_dict(generation_config.to_dict() | {"use_cache": False})
+
+    @property
+    def device(self):
+        """Inputs come from and outputs go to the CPU, wherever the graph runs."""
+        return torch.device("cpu")
+
+    def prepare_inputs_for_generation(self, input_ids, encoder_hidden_states, encoder_attention_mask, **kwargs):
+        """Pad the tokens so far, int64 [rows, so far], to A; a mask that is 1 for them; the last one's position."""
+        so_far = input_ids.shape[1]
+        padding = (0, self.shapes.answer_length - so_far)
+        return {
+            "input_ids": F.pad(input_ids, padding, value=self.config.pad_token_id),
+            "encoder_hidden_states": encoder_hidden_states,
+            "encoder_attention_mask": encoder_attention_mask,
+            "attention_mask": F.pad(torch.ones_like(input_ids), padding),
+            "position": torch.tensor([so_far - 1]),
+        }
+
+    def forward(self, input_ids, encoder_hidden_states, encoder_attention_mask, attention_mask, position, **kwargs):
+        """As `PaddedDecoder`, for any number of rows up to R; filler rows are added here and cut off again, so that
+        ``generate()`` and its random numbers see real rows only."""
+        per_row = (input_ids, encoder_hidden_states, encoder_attention_mask, attention_mask)
+        output = self.decoder(*(fill_rows(tensor, self.shapes.rows) for tensor in per_row), position)
+        return CausalLMOutputWithCrossAttentions(logits=output.logits[: len(input_ids)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 04  Assemble and verify
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class NeuronBlipForQuestionAnswering(BlipForQuestionAnswering):
+    """A ``BlipForQuestionAnswering`` whose three parts are graphs of fixed shape.
+
+    Parameters
+    ----------
+    config : BlipConfig
+    graphs : dict of str to nn.Module
+        ``vision_model``, ``text_encoder`` and ``text_decoder``: traced, or the modules that are traced.
+    shapes : BlipShapes
+    generation_config : GenerationConfig
+        That of the text decoder.
+    """
+
+    def __init__(self, config, graphs, shapes, generation_config):
+        # Past BlipForQuestionAnswering's own __init__, which would draw a second full set of random weights.
+        super(BlipForQuestionAnswering, self).__init__(config)
+        self.decoder_pad_token_id = config.text_config.pad_token_id
+        self.decoder_start_token_id = config.text_config.bos_token_id
+        self.shapes = shapes
+        self.vision_model = VisionModelWrapper(graphs["vision_model"])
+        self.text_encoder = TextEncoderWrapper(graphs["text_encoder"], shapes)
+        self.text_decoder = DecoderPaddedGenerator(
+            config.text_config, graphs["text_decoder"], shapes, generation_config
+        )
+
+    @property
+    def device(self):
+        """Inputs come from and outputs go to the CPU, wherever the graphs run."""
+        return torch.device("cpu")
+
+    @classmethod
+    def from_pretrained(cls, directory):
+        """Load what `trace` left in `directory`.
+
+        Raises
+        ------
+        ValueError
+            If the artifact is incomplete, was changed, or was made by other versions or for another backend.
+        """
+        directory = Path(directory)
+        manifest = read_manifest(directory)
+        versions = _versions(_known_backend(manifest["backend"]))
+        for name, part in manifest["parts"].items():
+            problem = _changes(part, {**part, "versions": versions}) or _damage(directory, name, part)
+            if problem:
+                raise ValueError(f"{name}: {problem}; trace the model again, what is still valid will be kept")
+        missing = [name for name in PARTS if name not in manifest["parts"]]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} not traced yet; call trace() again, it goes on where it stopped")
+        graphs = {
+            name: StaticGraph(load_traced(directory / f"{name}.pt"), part["inputs"])
+            for name, part in manifest["parts"].items()
+        }
+        return cls(
+            BlipConfig.from_dict(manifest["config"]),
+            graphs,
+            BlipShapes(**manifest["shapes"]),
+            GenerationConfig.from_dict(manifest["generation_config"]),
+        )
+
+    @torch.no_grad()
+    def generate(self, input_ids, pixel_values, attention_mask=None, interpolate_pos_encoding=False, **generate_kwargs):
+        """Answer questions; as Hugging Face's method, with a question mask that acts.
+
+        Parameters
+        ----------
+        input_ids : int64 [questions, q], q <= Q
+        pixel_values : fp32 [images, 3, height, width]
+            An image a question, or one for all. An image that comes several times is encoded once.
+        attention_mask : int64 [questions, q], optional
+            0 where a question is padded.
+        **generate_kwargs
+            Those of ``GenerationMixin.generate``. Without a limit there are at most A - 1 new tokens.
+
+        Returns
+        -------
+        int64 [rows, tokens], or what ``return_dict_in_generate`` asks for
+
+        Raises
+        ------
+        ValueError
+            If a question, the batch or the limit is larger than what was traced, or a token is not in the vocabulary.
+        """
+        shapes, text_config = self.shapes, self.config.text_config
+        generate_kwargs = self._with_limit(generate_kwargs)
+        input_ids, attention_mask = pad_question(
+            torch.as_tensor(input_ids), attention_mask, shapes.question_length, text_config.pad_token_id
+        )
+        questions = len(input_ids)
+        self._check_rows(questions, generate_kwargs)
+        if input_ids.min() < 0 or input_ids.max() >= text_config.vocab_size:
+            raise ValueError(
+                f"input_ids has token {input_ids.min() if input_ids.min() < 0 else input_ids.max()}; the vocabulary "
+                f"ends at {text_config.vocab_size - 1}: use the processor of this checkpoint"
+            )
+        if pixel_values.dim() != 4 or len(pixel_values) not in (1, questions):
+            raise ValueError(
+                f"pixel_values is {_describe(pixel_values)} for {questions} questions: pass an image each, or one for all"
+            )
+        question_embeds = [None] * questions
+        for image, rows in _rows_by_image(pixel_values, questions):
+            image_embeds = self.vision_model(image, interpolate_pos_encoding)[0]
+            for row, embeds in zip(rows, self.text_encoder(input_ids[rows], attention_mask[rows], image_embeds)[0]):
+                question_embeds[row] = embeds
+        return self.text_decoder.generate(
+            input_ids=torch.full((questions, 1), self.decoder_start_token_id),
+            eos_token_id=text_config.sep_token_id,
+            pad_token_id=text_config.pad_token_id,
+            encoder_hidden_states=torch.stack(question_embeds),
+            encoder_attention_mask=attention_mask,
+            **generate_kwargs,
+        )
+
+    def _with_limit(self, generate_kwargs):
+        """The same arguments with an explicit limit of new tokens, which is no more than A - 1."""
+        given = _setting(generate_kwargs, "max_new_tokens")
+        if given is None and _setting(generate_kwargs, "max_length") is not None:
+            given = _setting(generate_kwargs, "max_length") - 1  # of which one is the start token
+        most = self.shapes.answer_length - 1
+        if given is not None and given > most:
+            raise ValueError(
+                f"the answer may have {given} new tokens; this model was traced for {most}: ask for max_new_tokens <= "
+                f"{most}, or trace it with answer_length >= {given + 1}"
+            )
+        return generate_kwargs if given is not None else {**generate_kwargs, "max_new_tokens": most}
+
+    def _check_rows(self, questions, generate_kwargs):
+        each = _rows_per_question(generate_kwargs)
+        if questions * each > self.shapes.rows:
+            raise ValueError(
+                f"{questions} questions with {each} rows each need {questions * each} rows of the decoder; this model was "
+                f"traced for {self.shapes.rows}: pass fewer, or trace it with batch_size * num_beams >= {questions * each}"
+            )
+
+
+def _setting(generate_kwargs, name):
+    """An argument of generate(), given by keyword or in a generation_config; None where it is neither."""
+    value = generate_kwargs.get(name)
+    return getattr(generate_kwargs.get("generation_config"), name, None) if value is None else value
+
+
+def _rows_per_question(generate_kwargs):
+    return max(_setting(generate_kwargs, "num_beams") or 1, _setting(generate_kwargs, "num_return_sequences") or 1)
+
+
+def _rows_by_image(pixel_values, questions):
+    """Each different image, [1, 3, height, width], with the rows of its questions."""
+    if len(pixel_values) == 1:
+        return [(pixel_values, list(range(questions)))]
+    rows = {}
+    for row, image in enumerate(pixel_values):
+        rows.setdefault(image.numpy().tobytes(), []).append(row)
+    return [(pixel_values[of_image[:1]], of_image) for of_image in rows.values()]
+
+
+PARTS = ("vision_model", "text_encoder", "text_decoder")
+
+# To be raised by whoever makes a wrapper compute something else: older artifacts are then traced again.
+FORMAT = 1
+
+
+def parts_to_trace(model, shapes):
+    """The modules that are traced and example inputs for each: ``{name: (module, example_inputs)}``.
+
+    The example masks are ragged: no value of theirs may end up in a graph, and a mask of ones is the likeliest to.
+    """
+    text, vision = model.config.text_config, model.config.vision_config
+    image_embeds = torch.zeros(1, model.vision_model.embeddings.num_positions, vision.hidden_size)
+    question = torch.full((shapes.batch_size, shapes.question_length), text.pad_token_id)
+    question_mask = (torch.arange(shapes.question_length) < 1).long().expand(shapes.batch_size, -1)
+    answer = torch.full((shapes.rows, shapes.answer_length), text.pad_token_id)
+    return {
+        "vision_model": (
+            NeuronVisionModel(model.vision_model),
+            (torch.zeros(1, 3, vision.image_size, vision.image_size),),
+        ),
+        "text_encoder": (NeuronTextEncoder(model.text_encoder), (question, question_mask, image_embeds)),
+        "text_decoder": (
+            PaddedDecoder(model.text_decoder),
+            (
+                answer,
+                torch.zeros(shapes.rows, shapes.question_length, text.hidden_size),
+                (torch.arange(shapes.question_length) < 1).long().expand(shapes.rows, -1),
+                (torch.arange(shapes.answer_length) < 2).long().expand(shapes.rows, -1),
+                torch.tensor([1]),
+            ),
+        ),
+    }
+
+
+def trace(model, directory, shapes=None, *, decoder="padded", backend=None, compiler_args=None):
+    """Trace the three parts of `model` into `directory` and load them as one model.
+
+    What is there already and still valid is kept; the rest is traced, with the reason printed. Each part is complete on
+    disk before the manifest names it: after an interruption the next call goes on from there.
+
+    Parameters
+    ----------
+    model : BlipForQuestionAnswering
+        In eval mode, fp32, on the CPU.
+    directory : str or Path
+        Made if missing. Holds ``manifest.json`` and a ``.pt`` file a part.
+    shapes : BlipShapes, optional
+        By default ``BlipShapes()``.
+    decoder : {"padded"}
+        The kind of decoder.
+    backend, compiler_args
+        As in `trace_module`.
+
+    Returns
+    -------
+    NeuronBlipForQuestionAnswering
+
+    Raises
+    ------
+    ValueError
+        If an argument is not of the kind described here.
+    """
+    directory, shapes, backend = Path(directory), shapes or BlipShapes(), _known_backend(backend)
+    if decoder != "padded":
+        raise ValueError(f"decoder is {decoder!r}; there is 'padded'")
+    if model.training:
+        raise ValueError("the model is in training mode, a trace would keep its dropout: call model.eval() first")
+    longest = model.config.text_config.max_position_embeddings
+    if max(shapes.question_length, shapes.answer_length) > longest:
+        raise ValueError(f"{shapes} is longer than the {longest} positions that this checkpoint has: shorten it")
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file: pass a directory")
+    if compiler_args is None:
+        compiler_args = neuron_compiler_args() if backend == "neuron" else []
+    try:
+        known = read_manifest(directory)["parts"]
+    except ValueError:
+        known = {}
+    manifest = {
+        "format": FORMAT,
+        "shapes": asdict(shapes),
+        "decoder": decoder,
+        "backend": backend,
+        "config": model.config.to_dict(),
+        "generation_config": model.text_decoder.generation_config.to_dict(),
+        "parts": {},
+    }
+    parts, wanted, reasons = parts_to_trace(model, shapes), {}, {}
+    for name, (module, example_inputs) in parts.items():
+        wanted[name] = {
+            "inputs": describe_inputs(module, example_inputs),
+            "weights": _hash_weights(module),
+            "config": _hash_config(module),
+            "backend": backend,
+            "compiler_args": _as_list(compiler_args),
+            "versions": _versions(backend),
+        }
+        reasons[name] = "not traced yet"
+        if name in known:
+            reasons[name] = _changes(known[name], wanted[name]) or _damage(directory, name, known[name])
+        if not reasons[name]:
+            manifest["parts"][name] = known[name]
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_manifest(directory, manifest)
+    for name, (module, example_inputs) in parts.items():
+        print(f"{name:<12}  {'traced: ' + reasons[name] if reasons[name] else 'kept'}", flush=True)
+        if reasons[name]:
+            traced = trace_module(module, example_inputs, backend=backend, compiler_args=compiler_args)
+            save_traced(traced, directory / f"{name}.pt")
+            manifest["parts"][name] = wanted[name] | {"sha256": _hash_file(directory / f"{name}.pt")}
+            _write_manifest(directory, manifest)
+            del traced
+    return NeuronBlipForQuestionAnswering.from_pretrained(directory)
+
+
+def read_manifest(directory):
+    """What `directory` holds, as `trace` wrote it down.
+
+    Raises
+    ------
+    ValueError
+        If there is no manifest, it was changed, or another version of this module wrote it.
+    """
+    path = Path(directory) / "manifest.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} has no manifest.json: it holds nothing that trace() made, or not all of it")
+    try:
+        manifest = json.loads(path.read_bytes())
+        sha256 = manifest.pop("sha256")
+    except (ValueError, KeyError, AttributeError):
+        raise ValueError("manifest.json is damaged: trace the model again") from None
+    if sha256 != _hash_json(manifest):
+        raise ValueError("manifest.json was changed after it was written: trace the model again")
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"manifest.json has format {manifest['format']}, this module {FORMAT}: trace the model again")
+    return manifest
+
+
+def _write_manifest(directory, manifest):
+    unfinished = directory / ".manifest.json.unfinished"
+    unfinished.write_text(json.dumps(manifest | {"sha256": _hash_json(manifest)}, indent=1))
+    os.replace(unfinished, directory / "manifest.json")
+
+
+def _changes(known, wanted):
+    """What differs between a traced part and the part that is wanted, in words; "" where nothing does."""
+    if known["weights"] != wanted["weights"]:
+        return "the weights are others"
+    if known["config"] != wanted["config"]:
+        return "the configuration of the model is another"
+    for kind in ("inputs", "versions"):
+        for name in known[kind] | wanted[kind]:
+            was, now = known[kind].get(name, "absent"), wanted[kind].get(name, "absent")
+            if was != now:
+                return f"{name} was {was}, is {now}"
+    for kind in ("backend", "compiler_args"):
+        if known[kind] != wanted[kind]:
+            return f"{kind} was {known[kind]}, is {wanted[kind]}"
+    return ""
+
+
+def _damage(directory, name, part):
+    if not (directory / f"{name}.pt").is_file():
+        return f"{name}.pt is missing"
+    return "" if _hash_file(directory / f"{name}.pt") == part["sha256"] else f"{name}.pt was changed after its trace"
+
+
+def _versions(backend):
+    packages = ["torch", "transformers"] + (["torch-neuronx", "neuronx-cc"] if backend == "neuron" else [])
+    return {package: importlib.metadata.version(package).split("+")[0] for package in packages}
+
+
+def _hash_weights(module):
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {_describe(tensor)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _hash_config(module):
+    (model,) = module.children()
+    config = model.config.to_dict()
+    return _hash_json({key: config[key] for key in config if key not in ("transformers_version", "_name_or_path")})
+
+
+def _hash_json(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _hash_file(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def infer(model, processor, text, image, **generate_kwargs):
+    """Ask questions about pictures.
+
+    Parameters
+    ----------
+    model : BlipForQuestionAnswering or NeuronBlipForQuestionAnswering
+        The former answers one unpadded question at a time, the latter as many as fit at once.
+    processor : BlipProcessor
+    text : str or list of str
+    image : a picture as `processor` takes it (PIL image, array or tensor), or a list with one a question
+    **generate_kwargs
+        For ``generate()``.
+
+    Returns
+    -------
+    str, or list of str where `text` is a list
+
+    Raises
+    ------
+    ValueError
+        If a question is empty or longer than what was traced, an image is none, or the arguments do not fit.
+    """
+    questions = [text] if isinstance(text, str) else list(text)
+    images = list(image) if isinstance(image, list | tuple) else [image] * len(questions)
+    if len(images) != len(questions):
+        raise ValueError(f"{len(images)} images for {len(questions)} questions: pass an image each, or one for all")
+    if _setting(generate_kwargs, "num_return_sequences") not in (None, 1):
+        raise ValueError("infer gives one answer a question: call model.generate() for num_return_sequences > 1")
+    token_ids = [_question_tokens(processor, question) for question in questions]
+    pixels = {}
+    for picture in images:
+        if id(picture) not in pixels:
+            pixels[id(picture)] = _pixel_values(processor, picture)
+    together = 1
+    if isinstance(model, NeuronBlipForQuestionAnswering):
+        together = max(1, model.shapes.rows // _rows_per_question(generate_kwargs))
+        if len(questions) > together and _setting(generate_kwargs, "do_sample"):
+            raise ValueError(
+                f"{len(questions)} questions are more than the {together} that fit into one call, and sampling in "
+                "several calls would draw other random numbers: pass fewer, or trace a larger batch_size"
+            )
+    answers = []
+    for start in range(0, len(questions), together):
+        batch = slice(start, start + together)
+        padded = processor.tokenizer.pad({"input_ids": token_ids[batch]}, return_tensors="pt")
+        pixel_values = torch.cat([pixels[id(picture)] for picture in images[batch]])
+        output = model.generate(
+            input_ids=padded.input_ids,
+            pixel_values=pixel_values,
+            attention_mask=padded.attention_mask,
+            **generate_kwargs,
+        )
+        answers += processor.batch_decode(output, skip_special_tokens=True)
+    return answers[0] if isinstance(text, str) else answers
+
+
+def _question_tokens(processor, question):
+    if not isinstance(question, str):
+        raise ValueError(f"question is a {type(question).__name__}: pass a str")
+    tokens = processor.tokenizer(question).input_ids
+    if len(tokens) <= processor.tokenizer.num_special_tokens_to_add():
+        raise ValueError(f"question {question!r} is empty: ask something")
+    return tokens
+
+
+def _pixel_values(processor, image):
+    if not is_valid_image(image):
+        raise ValueError(f"image is a {type(image).__name__}: pass a picture, such as PIL.Image.open(path)")
+    try:
+        return processor.image_processor(image, return_tensors="pt").pixel_values
+    except Exception as error:
+        raise ValueError(f"image cannot be read as a picture: {error}") from error
+
+
+@dataclass(frozen=True)
+class Verified:
+    """One question, answered by a model and by what was compiled from it."""
+
+    example: object
+    expected: list
+    actual: list
+    difference: float
+
+
+def verify(compiled, model, processor, examples, **generate_kwargs):
+    """Compare `compiled` with `model`, eager, one unpadded question at a time, with the same limit of new tokens.
+
+    Parameters
+    ----------
+    compiled : NeuronBlipForQuestionAnswering
+    model : BlipForQuestionAnswering
+    processor : BlipProcessor
+    examples : iterable with ``question`` and ``image``
+    **generate_kwargs
+        For both ``generate()`` calls.
+
+    Yields
+    ------
+    Verified
+        Token ids, and the largest difference of the logits over the steps up to the first different token.
+    """
+    limit = {"max_new_tokens": compiled.shapes.answer_length - 1}
+    details = {"return_dict_in_generate": True, "output_logits": True}
+    for example in examples:
+        inputs = processor(images=example.image, text=example.question, return_tensors="pt")
+        expected = model.generate(**inputs, **(limit | generate_kwargs | details))
+        actual = compiled.generate(**inputs, **(limit | generate_kwargs | details))
+        difference = 0.0
+        for step, (a, b) in enumerate(zip(expected.logits, actual.logits, strict=False), 1):
+            difference = max(difference, (a - b).abs().max().item())
+            if expected.sequences[0, step] != actual.sequences[0, step]:
+                break
+        yield Verified(example, expected.sequences[0].tolist(), actual.sequences[0].tolist(), difference)
