@@ -22,6 +22,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message="IProgress")  # without ipywidgets, tqdm says so in every notebook
+    import tqdm.auto  # noqa: F401
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -65,12 +69,12 @@ def uses_bundled_models():
 
 
 def question_count(most=1000):
-    """How many questions to ask: the environment variable ``QUESTIONS``, by default 1,000 (20 for another checkpoint)."""
+    """How many questions to ask: what ``QUESTIONS`` in the environment says, else 1,000 (20 for another checkpoint)."""
     return min(most, int(os.environ.get("QUESTIONS") or (1000 if uses_bundled_models() else 20)))
 
 
 def check_close(actual, expected, bound):
-    """Assert that two tensors of one shape differ nowhere by `bound` or more, and print the bound and the difference."""
+    """Assert that two tensors of one shape differ by less than `bound` everywhere; print bound and difference."""
     if actual.shape != expected.shape:
         raise AssertionError(f"shapes differ: {list(actual.shape)} and {list(expected.shape)}")
     worst = (actual.double() - expected.double()).abs().max().item()
@@ -129,9 +133,20 @@ def load_resnet(source=None):
     image_processor : ConvNextImageProcessorPil
     """
     source = source or os.environ.get("RESNET_MODEL") or MODELS / "tiny-resnet"
-    with torch.inference_mode(False):
-        model = ResNetForImageClassification.from_pretrained(source, dtype=torch.float32).eval()
+    model = _load(ResNetForImageClassification, source)
     return model, ConvNextImageProcessorPil.from_pretrained(source)
+
+
+def _load(model_class, source):
+    """Load in fp32 and eval mode, as ordinary tensors even under inference mode, and without a bar on stderr."""
+    bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with torch.inference_mode(False):
+            return model_class.from_pretrained(source, dtype=torch.float32).eval()
+    finally:
+        if bar:
+            transformers_logging.enable_progress_bar()
 
 
 def neuron_compiler_args(auto_cast="none", auto_cast_type="bf16", *, optlevel=2, logfile=None):
@@ -331,9 +346,9 @@ class _KeepState(nn.Module):
 def _trace_for_cpu(module, example_inputs, aliases):
     """``torch.jit.trace`` behind checks that are part of the saved file.
 
-    A trace accepts any shape and dtype. The checks are TorchScript written for the number of inputs at hand: the body of
+    A trace accepts any shape and dtype. The checks are TorchScript written for the number of inputs at hand:
     ``forward`` looks at shapes and dtypes, and a forward pre-hook, whose input is the tuple of positional tensors,
-    refuses keywords, other counts and Python values. The code has a made-up file name, for a message without a path.
+    refuses keywords, other counts and Python values. A made-up file name keeps paths out of the messages.
     """
     names = list(describe_inputs(module, example_inputs))
     arguments = [f"positional_{i}" for i in range(len(names))]
@@ -448,8 +463,7 @@ def load_blip(source=None):
         With the Pillow image processor, which needs no torchvision: one checkpoint gives the same pixels everywhere.
     """
     source = source or os.environ.get("BLIP_MODEL") or MODELS / "tiny-blip-vqa"
-    with torch.inference_mode(False):
-        model = BlipForQuestionAnswering.from_pretrained(source, dtype=torch.float32).eval()
+    model = _load(BlipForQuestionAnswering, source)
     image_processor = BlipImageProcessorPil.from_pretrained(source)
     return model, BlipProcessor(image_processor, AutoTokenizer.from_pretrained(source))
 
@@ -486,8 +500,8 @@ def acting_question_mask(model):
     """Let the question mask act in the cross-attention of `model` for the length of a ``with`` block.
 
     transformers 5 hands ``encoder_attention_mask`` to ``BlipTextAttention`` as its ``attention_mask``, and
-    ``BlipTextSelfAttention`` looks at ``encoder_attention_mask`` alone when it attends across: no mask arrives. A forward
-    pre-hook hands it on under the name that is looked at. Masks that are all ones change nothing.
+    ``BlipTextSelfAttention`` reads ``encoder_attention_mask`` alone when it attends across: no mask arrives. A forward
+    pre-hook hands it on under the name that is read. Masks that are all ones change nothing.
     """
 
     def hand_on(module, args, kwargs):
@@ -522,7 +536,7 @@ class NeuronTextEncoder(nn.Module):
         self.model = model
 
     def forward(self, input_ids, attention_mask, encoder_hidden_states):
-        """input_ids, attention_mask int64 [B, Q], encoder_hidden_states fp32 [1, T, D] -> question_embeds fp32 [B, Q, D]"""
+        """input_ids, attention_mask int64 [B, Q], encoder_hidden_states fp32 [1, T, D] -> features fp32 [B, Q, D]"""
         return self.model(
             input_ids=input_ids,
             attention_mask=additive_mask(attention_mask[:, None, :]),
@@ -540,7 +554,7 @@ class TextEncoderWrapper(nn.Module):
 
     def forward(self, input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask=None, return_dict=False):
         """input_ids, attention_mask int64 [questions, Q], encoder_hidden_states fp32 [1, T, D]
-        -> (question_embeds fp32 [questions, Q, D],)
+        -> (features fp32 [questions, Q, D],)
 
         Every image token counts, so that ``encoder_attention_mask`` has nothing to say."""
         questions = []
@@ -774,18 +788,17 @@ class NeuronBlipForQuestionAnswering(BlipForQuestionAnswering):
             )
         if pixel_values.dim() != 4 or len(pixel_values) not in (1, questions):
             raise ValueError(
-                f"pixel_values is {_describe(pixel_values)} for {questions} questions: pass an image each, or one for all"
+                f"pixel_values is {_describe(pixel_values)} for {questions} questions: pass an image each or one for all"
             )
-        question_embeds = [None] * questions
+        features = torch.zeros(*input_ids.shape, text_config.hidden_size)
         for image, rows in _rows_by_image(pixel_values, questions):
             image_embeds = self.vision_model(image, interpolate_pos_encoding)[0]
-            for row, embeds in zip(rows, self.text_encoder(input_ids[rows], attention_mask[rows], image_embeds)[0]):
-                question_embeds[row] = embeds
+            features[rows] = self.text_encoder(input_ids[rows], attention_mask[rows], image_embeds)[0]
         return self.text_decoder.generate(
             input_ids=torch.full((questions, 1), self.decoder_start_token_id),
             eos_token_id=text_config.sep_token_id,
             pad_token_id=text_config.pad_token_id,
-            encoder_hidden_states=torch.stack(question_embeds),
+            encoder_hidden_states=features,
             encoder_attention_mask=attention_mask,
             **generate_kwargs,
         )
@@ -807,8 +820,8 @@ class NeuronBlipForQuestionAnswering(BlipForQuestionAnswering):
         each = _rows_per_question(generate_kwargs)
         if questions * each > self.shapes.rows:
             raise ValueError(
-                f"{questions} questions with {each} rows each need {questions * each} rows of the decoder; this model was "
-                f"traced for {self.shapes.rows}: pass fewer, or trace it with batch_size * num_beams >= {questions * each}"
+                f"{questions} questions with {each} rows each need {questions * each} rows; this model was traced for "
+                f"{self.shapes.rows}: pass fewer, or trace it with batch_size * num_beams >= {questions * each}"
             )
 
 
