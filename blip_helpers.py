@@ -90,13 +90,13 @@ def check_equal(actual, expected, what="answers"):
     print(f"OK  {len(actual)}/{len(actual)} {what} equal")
 
 
-def progress(items, marks=50):
-    """Yield `items` and print a bar of `marks` dots on the way, the same text on every run."""
-    items = list(items)
+def progress(items, total=None):
+    """Yield `items` and print a dot for every fiftieth of them, so that each run leaves the same line."""
+    total = len(items) if total is None else total
     for i, item in enumerate(items, 1):
         yield item
-        print("." * (i * marks // len(items) - (i - 1) * marks // len(items)), end="", flush=True)
-    print(f" {len(items)}")
+        print("." * (i * 50 // total - (i - 1) * 50 // total), end="", flush=True)
+    print(f" {total}")
 
 
 def show_source(thing):
@@ -592,7 +592,7 @@ def pad_question(input_ids, attention_mask, question_length, pad_token_id=0):
             f"question has {tokens} tokens; this model was traced for {question_length}: "
             f"trace it with question_length >= {tokens}"
         )
-    if not attention_mask.any(dim=1).all():
+    if not attention_mask.any(dim=1).all():  # as it is where there is no token at all
         raise ValueError("a question is empty (its attention_mask has no 1): ask something")
     padding = (0, question_length - tokens)
     return F.pad(input_ids, padding, value=pad_token_id), F.pad(attention_mask, padding)
@@ -774,22 +774,12 @@ class NeuronBlipForQuestionAnswering(BlipForQuestionAnswering):
         ValueError
             If a question, the batch or the limit is larger than what was traced, or a token is not in the vocabulary.
         """
-        shapes, text_config = self.shapes, self.config.text_config
         generate_kwargs = self._with_limit(generate_kwargs)
+        self._check_request(input_ids, pixel_values, generate_kwargs)
+        text_config, questions = self.config.text_config, len(input_ids)
         input_ids, attention_mask = pad_question(
-            torch.as_tensor(input_ids), attention_mask, shapes.question_length, text_config.pad_token_id
+            input_ids, attention_mask, self.shapes.question_length, text_config.pad_token_id
         )
-        questions = len(input_ids)
-        self._check_rows(questions, generate_kwargs)
-        if input_ids.min() < 0 or input_ids.max() >= text_config.vocab_size:
-            raise ValueError(
-                f"input_ids has token {input_ids.min() if input_ids.min() < 0 else input_ids.max()}; the vocabulary "
-                f"ends at {text_config.vocab_size - 1}: use the processor of this checkpoint"
-            )
-        if pixel_values.dim() != 4 or len(pixel_values) not in (1, questions):
-            raise ValueError(
-                f"pixel_values is {_describe(pixel_values)} for {questions} questions: pass an image each or one for all"
-            )
         features = torch.zeros(*input_ids.shape, text_config.hidden_size)
         for image, rows in _rows_by_image(pixel_values, questions):
             image_embeds = self.vision_model(image, interpolate_pos_encoding)[0]
@@ -816,12 +806,23 @@ class NeuronBlipForQuestionAnswering(BlipForQuestionAnswering):
             )
         return generate_kwargs if given is not None else {**generate_kwargs, "max_new_tokens": most}
 
-    def _check_rows(self, questions, generate_kwargs):
-        each = _rows_per_question(generate_kwargs)
+    def _check_request(self, input_ids, pixel_values, generate_kwargs):
+        for name, tensor, dims in (("input_ids", input_ids, 2), ("pixel_values", pixel_values, 4)):
+            if not isinstance(tensor, torch.Tensor) or tensor.dim() != dims or not len(tensor):
+                raise ValueError(f"{name} is {_describe(tensor)}: pass a tensor of {dims} dimensions, as the processor")
+        questions, each = len(input_ids), _rows_per_question(generate_kwargs)
+        if len(pixel_values) not in (1, questions):
+            raise ValueError(f"{len(pixel_values)} images for {questions} questions: pass one each or one for all")
         if questions * each > self.shapes.rows:
             raise ValueError(
                 f"{questions} questions with {each} rows each need {questions * each} rows; this model was traced for "
                 f"{self.shapes.rows}: pass fewer, or trace it with batch_size * num_beams >= {questions * each}"
+            )
+        last = self.config.text_config.vocab_size - 1
+        if input_ids.numel() and not 0 <= input_ids.min() <= input_ids.max() <= last:
+            raise ValueError(
+                f"input_ids has tokens from {input_ids.min()} to {input_ids.max()}; the vocabulary has 0 to {last}: "
+                "use the processor of this checkpoint"
             )
 
 
@@ -1070,10 +1071,6 @@ def infer(model, processor, text, image, **generate_kwargs):
     if _setting(generate_kwargs, "num_return_sequences") not in (None, 1):
         raise ValueError("infer gives one answer a question: call model.generate() for num_return_sequences > 1")
     token_ids = [_question_tokens(processor, question) for question in questions]
-    pixels = {}
-    for picture in images:
-        if id(picture) not in pixels:
-            pixels[id(picture)] = _pixel_values(processor, picture)
     together = 1
     if isinstance(model, NeuronBlipForQuestionAnswering):
         together = max(1, model.shapes.rows // _rows_per_question(generate_kwargs))
@@ -1082,17 +1079,14 @@ def infer(model, processor, text, image, **generate_kwargs):
                 f"{len(questions)} questions are more than the {together} that fit into one call, and sampling in "
                 "several calls would draw other random numbers: pass fewer, or trace a larger batch_size"
             )
-    answers = []
+    answers, pixels = [], {}
     for start in range(0, len(questions), together):
         batch = slice(start, start + together)
         padded = processor.tokenizer.pad({"input_ids": token_ids[batch]}, return_tensors="pt")
+        # A picture that was in the batch before is not processed again; others are forgotten.
+        pixels = {id(p): pixels[id(p)] if id(p) in pixels else _pixel_values(processor, p) for p in images[batch]}
         pixel_values = torch.cat([pixels[id(picture)] for picture in images[batch]])
-        output = model.generate(
-            input_ids=padded.input_ids,
-            pixel_values=pixel_values,
-            attention_mask=padded.attention_mask,
-            **generate_kwargs,
-        )
+        output = model.generate(padded.input_ids, pixel_values, attention_mask=padded.attention_mask, **generate_kwargs)
         answers += processor.batch_decode(output, skip_special_tokens=True)
     return answers[0] if isinstance(text, str) else answers
 
