@@ -149,7 +149,9 @@ def _load(model_class, source):
             transformers_logging.enable_progress_bar()
 
 
-def neuron_compiler_args(auto_cast="none", auto_cast_type="bf16", *, optlevel=2, logfile=None):
+def neuron_compiler_args(
+    auto_cast="none", auto_cast_type="bf16", *, model_type="transformer", optlevel=2, logfile=None
+):
     """Arguments for neuronx-cc.
 
     Since SDK 2.27 ``--auto-cast`` is ``none`` unless it is given, and ``--auto-cast-type`` alone changes nothing. So
@@ -161,6 +163,8 @@ def neuron_compiler_args(auto_cast="none", auto_cast_type="bf16", *, optlevel=2,
         Which fp32 operations are cast.
     auto_cast_type : {"bf16", "fp16", "tf32", "fp8_e4m3"}
         What they are cast to.
+    model_type : {"transformer", "generic", "unet-inference"}
+        What the compiler optimises for.
     optlevel : {1, 2, 3}
         1 compiles fastest, 3 tries hardest.
     logfile : str or Path, optional
@@ -178,13 +182,19 @@ def neuron_compiler_args(auto_cast="none", auto_cast_type="bf16", *, optlevel=2,
     known = {
         "auto_cast": ("none", "matmult", "all"),
         "auto_cast_type": ("bf16", "fp16", "tf32", "fp8_e4m3"),
+        "model_type": ("transformer", "generic", "unet-inference"),
         "optlevel": (1, 2, 3),
     }
-    given = {"auto_cast": auto_cast, "auto_cast_type": auto_cast_type, "optlevel": optlevel}
+    given = {
+        "auto_cast": auto_cast,
+        "auto_cast_type": auto_cast_type,
+        "model_type": model_type,
+        "optlevel": optlevel,
+    }
     for name, values in known.items():
         if given[name] not in values:
             raise ValueError(f"{name} is {given[name]!r}; neuronx-cc knows {', '.join(map(str, values))}")
-    args = ["--model-type", "transformer", "--optlevel", str(optlevel), "--auto-cast", auto_cast]
+    args = ["--model-type", model_type, "--optlevel", str(optlevel), "--auto-cast", auto_cast]
     if auto_cast != "none":
         args += ["--auto-cast-type", auto_cast_type]
     if logfile is not None:
