@@ -1,0 +1,42 @@
+# `make series` and `make test` are all that a fresh machine needs; `make help` lists the rest.
+
+PYTHON = python3
+VENV_PYTHON = .venv/bin/python
+INSTALLED = .venv/.installed
+
+# The notebooks run in notebooks/: a checkpoint's directory that is named from here is found from there as well.
+override BLIP_MODEL := $(or $(realpath $(BLIP_MODEL)),$(BLIP_MODEL))
+override RESNET_MODEL := $(or $(realpath $(RESNET_MODEL)),$(RESNET_MODEL))
+export BLIP_MODEL RESNET_MODEL
+
+.PHONY: help series test lab notebooks lint neuron clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+series: $(INSTALLED) ## run the notebooks in order, check every answer, leave them as HTML in build/
+	@$(VENV_PYTHON) run_series.py
+
+test: $(INSTALLED) ## run every test, the notebooks' stored outputs included
+	@$(VENV_PYTHON) -m pytest
+
+lab: $(INSTALLED) ## open the notebooks in JupyterLab
+	@$(VENV_PYTHON) -m jupyterlab notebooks
+
+notebooks: $(INSTALLED) ## run the notebooks and store their outputs in them
+	@$(VENV_PYTHON) run_series.py --store
+
+lint: $(INSTALLED) ## check the style of all code, the notebooks' included
+	@$(VENV_PYTHON) -m ruff check
+	@$(VENV_PYTHON) -m ruff format --check
+
+neuron: $(INSTALLED) ## add AWS's packages: to run on Inf2, or to compile for it
+	@$(VENV_PYTHON) -m pip install -r requirements-neuron.txt
+
+clean: ## delete the environment and everything in build/
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+$(INSTALLED): requirements.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed: install Python 3.11, 3.12 or 3.13"; exit 1; }
+	@$(PYTHON) setup_env.py
+	@touch $@
