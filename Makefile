@@ -23,14 +23,14 @@ test: $(INSTALLED) ## run every test, the notebooks' stored outputs included
 lab: $(INSTALLED) ## open the notebooks in JupyterLab
 	@$(VENV_PYTHON) -m jupyterlab notebooks
 
-notebooks: $(INSTALLED) ## run the notebooks and store their outputs in them
+notebooks: $(INSTALLED) ## run the notebooks and, if all pass, store their outputs in them
 	@$(VENV_PYTHON) run_series.py --store
 
 lint: $(INSTALLED) ## check the style of all code, the notebooks' included
 	@$(VENV_PYTHON) -m ruff check
 	@$(VENV_PYTHON) -m ruff format --check
 
-neuron: $(INSTALLED) ## add AWS's packages: to run on Inf2, or to compile for it
+neuron: $(INSTALLED) ## add AWS's packages, to run on Inf2
 	@$(VENV_PYTHON) -m pip install -r requirements-neuron.txt
 
 clean: ## delete the environment and everything in build/

@@ -1,6 +1,7 @@
 """Run the notebooks in order and leave them as HTML in ``build/``: ``python run_series.py [--store] [NOTEBOOK]``."""
 
 import argparse
+import logging
 import os
 import re
 import sys
@@ -49,6 +50,9 @@ def run(path):
                 bar.close()
                 last_lines = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip().splitlines()[-8:]
                 sys.exit("\n    ".join([f"FAILED: {path.name}, cell [{number}]: {first_line}", *last_lines]))
+            except KeyboardInterrupt:
+                client.shutdown_kernel = "immediate"
+                raise
             bar.update()
         bar.set_postfix_str("")
     notebook.metadata = {
@@ -115,4 +119,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
+        logging.disable()  # asyncio would report the cell that was given up
         sys.exit("\ninterrupted: nothing was stored")

@@ -1,0 +1,161 @@
+"""A tiny random BLIP that every unit test can afford, and helpers that several test files use."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from hypothesis import settings
+from transformers import BertTokenizer, BlipConfig, BlipForQuestionAnswering, BlipImageProcessorPil, BlipProcessor
+
+import blip_helpers
+
+settings.register_profile("same every time", derandomize=True, deadline=None, max_examples=10)
+settings.load_profile("same every time")
+
+# The models are so small that a second thread costs more than it saves, the more so on a busy machine.
+torch.set_num_threads(1)
+
+TESTS = Path(__file__).parent
+WORDS = [
+    *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "?", ".", ","),
+    *("what", "is", "this", "how", "many", "are", "there", "in", "the", "picture", "of", "where", "colour", "shape"),
+    *("red", "green", "blue", "dot", "dots", "line", "lines", "left", "right", "one", "two", "three", "yes", "no"),
+    *("a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "and", "nothing"),
+    *("[DEC]", "[ENC]"),
+]
+SIZE = 32
+LAYER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+TINY_SHAPES = blip_helpers.BlipShapes(batch_size=3, num_beams=2, question_length=10, answer_length=8)
+
+
+def make_tiny_blip(**text_config):
+    """A random BLIP whose weights are large enough that another question, picture or token gives another answer."""
+    config = BlipConfig(
+        vision_config={**LAYER, "image_size": SIZE, "patch_size": 16, "projection_dim": 32},
+        text_config={
+            **LAYER,
+            "encoder_hidden_size": 32,
+            "projection_dim": 32,
+            "vocab_size": len(WORDS),
+            "max_position_embeddings": 32,
+            "bos_token_id": WORDS.index("[DEC]"),
+            "eos_token_id": WORDS.index("[SEP]"),
+            "sep_token_id": WORDS.index("[SEP]"),
+            "pad_token_id": WORDS.index("[PAD]"),
+            **text_config,
+        },
+        projection_dim=32,
+        image_text_hidden_size=32,
+    )
+    model = BlipForQuestionAnswering(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1:
+                scale = 1 if "embedding" in name else weight.shape[-1] ** -0.5
+                scale *= 2 if ".query." in name or ".key." in name else 1
+                weight.copy_(scale * torch.randn(weight.shape, generator=generator))
+        model.text_decoder.cls.predictions.bias[config.text_config.sep_token_id] = 16.0  # answers of many lengths
+    return model
+
+
+def make_processor():
+    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)}, bos_token="[DEC]", model_max_length=32)
+    return BlipProcessor(BlipImageProcessorPil(size={"height": SIZE, "width": SIZE}), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The model; a test that changes it takes `make_tiny_blip` instead."""
+    return make_tiny_blip()
+
+
+@pytest.fixture(scope="session")
+def processor():
+    return make_processor()
+
+
+@pytest.fixture(scope="session")
+def traced_directory(tiny, tmp_path_factory):
+    """The traced model on disk, to be read; a test that changes it takes `artifact`."""
+    directory = tmp_path_factory.mktemp("traced") / "tiny"
+    blip_helpers.trace(tiny, directory, TINY_SHAPES)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def compiled(traced_directory):
+    return blip_helpers.NeuronBlipForQuestionAnswering.from_pretrained(traced_directory)
+
+
+@pytest.fixture
+def artifact(traced_directory, tmp_path):
+    """A copy of the traced model on disk."""
+    return Path(shutil.copytree(traced_directory, tmp_path / "artifact"))
+
+
+def make_questions(lengths, seed=0):
+    """Random questions of these lengths, int64 [1, length] each, with [CLS] and [SEP] where there is room."""
+    generator = torch.Generator().manual_seed(seed)
+    questions = []
+    for length in lengths:
+        words = torch.randint(WORDS.index("what"), WORDS.index("[DEC]"), (1, length), generator=generator)
+        words[:, 0] = WORDS.index("[CLS]")
+        if length > 1:
+            words[:, -1] = WORDS.index("[SEP]")
+        questions.append(words)
+    return questions
+
+
+def make_pixels(count, seed=0):
+    return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def pad(questions, length=None, value=0):
+    """Questions [1, length] -> input_ids and attention_mask [questions, longest], padded on the right."""
+    length = length or max(q.shape[1] for q in questions)
+    ids = torch.cat([torch.nn.functional.pad(q, (0, length - q.shape[1]), value=value) for q in questions])
+    mask = torch.cat([torch.nn.functional.pad(torch.ones_like(q), (0, length - q.shape[1])) for q in questions])
+    return ids, mask
+
+
+def answer_eagerly(model, questions, pixels, **generate_kwargs):
+    """The truth: Hugging Face, eager, one unpadded question at a time. A list of token ids a row."""
+    answers = []
+    for question, image in zip(questions, pixels, strict=True):
+        rows = model.generate(question, image[None], torch.ones_like(question), **generate_kwargs)
+        answers += rows.tolist()
+    return answers
+
+
+def cut(rows):
+    """Rows of token ids up to their end tokens: what follows in a batch fills up to its longest answer."""
+    rows, end = [list(map(int, row)) for row in rows], WORDS.index("[SEP]")
+    return [row[: row.index(end) + 1] if end in row else row for row in rows]
+
+
+def start_python(code, *arguments, **popen):
+    """Run a piece of Python in a process of its own, which sees this module as `conftest`."""
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path.rstrip(os.pathsep)},
+        **popen,
+    )
+
+
+def read_json(process):
+    """The last line that a process prints, from JSON."""
+    output, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors
+    return json.loads(output.splitlines()[-1])
