@@ -1132,6 +1132,8 @@ class Verified:
 def verify(compiled, model, processor, examples, **generate_kwargs):
     """Compare `compiled` with `model`, eager, one unpadded question at a time, with the same limit of new tokens.
 
+    The compiled model takes as many questions at once as fit, of different lengths.
+
     Parameters
     ----------
     compiled : NeuronBlipForQuestionAnswering
@@ -1146,15 +1148,30 @@ def verify(compiled, model, processor, examples, **generate_kwargs):
     Verified
         Token ids, and the largest difference of the logits over the steps up to the first different token.
     """
-    limit = {"max_new_tokens": compiled.shapes.answer_length - 1}
-    details = {"return_dict_in_generate": True, "output_logits": True}
-    for example in examples:
-        inputs = processor(images=example.image, text=example.question, return_tensors="pt")
-        expected = model.generate(**inputs, **(limit | generate_kwargs | details))
-        actual = compiled.generate(**inputs, **(limit | generate_kwargs | details))
-        difference = 0.0
-        for step, (a, b) in enumerate(zip(expected.logits, actual.logits, strict=False), 1):
-            difference = max(difference, (a - b).abs().max().item())
-            if expected.sequences[0, step] != actual.sequences[0, step]:
-                break
-        yield Verified(example, expected.sequences[0].tolist(), actual.sequences[0].tolist(), difference)
+    examples, each = list(examples), _rows_per_question(generate_kwargs)
+    at_once = max(1, compiled.shapes.rows // each)
+    generate_kwargs = {"max_new_tokens": compiled.shapes.answer_length - 1} | generate_kwargs
+    generate_kwargs |= {"return_dict_in_generate": True, "output_logits": True}
+    for batch in (examples[start : start + at_once] for start in range(0, len(examples), at_once)):
+        images, questions = [example.image for example in batch], [example.question for example in batch]
+        together = processor(images=images, text=questions, padding=True, return_tensors="pt")
+        actual = compiled.generate(**together, **generate_kwargs)
+        for row, example in enumerate(batch):
+            alone = processor(images=example.image, text=example.question, return_tensors="pt")
+            expected = model.generate(**alone, **generate_kwargs)
+            difference = 0.0
+            for step, logits in enumerate(expected.logits):
+                rows = actual.logits[step][row * each : (row + 1) * each]
+                difference = max(difference, (rows - logits).abs().max().item())
+                if actual.sequences[row, step + 1] != expected.sequences[0, step + 1]:
+                    break
+            token_ids = expected.sequences[0], actual.sequences[row]
+            yield Verified(example, *(trim(ids, compiled.decoder_pad_token_id) for ids in token_ids), difference)
+
+
+def trim(token_ids, pad_token_id):
+    """int64 [tokens] -> list of int, without the padding that a row gets at its end in a batch of longer ones."""
+    token_ids = token_ids.tolist()
+    while token_ids and token_ids[-1] == pad_token_id:
+        token_ids.pop()
+    return token_ids

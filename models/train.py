@@ -40,7 +40,8 @@ from models.scenes import KINDS, LABELS, PLACES, QUESTIONS, SIZE, examples, scen
 SEED = 0
 SCENES, QUESTIONS_A_SCENE, CHUNKS = 48, 4, 3  # a step of BLIP; its questions go through in chunks of like lengths
 PICTURES = 64  # a step of the ResNet
-STEPS = {"resnet": 1500, "blip": 5000}
+ROUNDS = {"resnet": [(1500, 1e-3)], "blip": [(5000, 1e-3), (1200, 5e-4)]}  # steps, peak learning rate
+WEAK = ("left or right", "describe")  # kinds that come three times as often in the second round
 HELD_OUT = 2000
 MAX_NEW_TOKENS = 23
 
@@ -156,9 +157,11 @@ class BlipData:
     def __getitem__(self, step):
         random = Random(f"blip {SEED} {step}")
         scenes = [scene(2 * number) for number in range(step * SCENES, (step + 1) * SCENES)]
-        asked = []
+        second_round, asked = step >= ROUNDS["blip"][0][0], []
         for at, seen in enumerate(scenes):
-            asked += [(at, seen.ask(kind, random)) for kind in random.sample(seen.kinds(), QUESTIONS_A_SCENE)]
+            kinds = seen.kinds()
+            counts = [3 if second_round and kind in WEAK else 1 for kind in kinds]
+            asked += [(at, seen.ask(kind, random)) for kind in random.sample(kinds, QUESTIONS_A_SCENE, counts=counts)]
         tokenizer = self.processor.tokenizer
         questions = tokenizer([example.question for _, example in asked]).input_ids
         answers = tokenizer([example.answer for _, example in asked]).input_ids
@@ -238,9 +241,13 @@ def evaluate_resnet(model, processor, pictures):
     return right, total
 
 
-def learning_rate(step, steps, peak=1e-3, warmup=200, decay=0.35):
-    """Up in a line, level, and in the last part down to nothing in a line."""
-    return peak * min((step + 1) / warmup, 1, (steps - step) / (decay * steps))
+def learning_rate(step, rounds, warmup=200, decay=0.35):
+    """In each round: up in a line, level, and in the last part down to nothing in a line."""
+    for steps, peak in rounds:
+        if step < steps:
+            return peak * min((step + 1) / warmup, 1, (steps - step) / (decay * steps))
+        step -= steps
+    raise ValueError(f"the last round ended {step} steps before")
 
 
 def save_atomically(state, path):
@@ -281,7 +288,7 @@ def train(name, make, data_class, loss_of, check, steps):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["scale"] * learning_rate(step, steps)
+                group["lr"] = group["scale"] * learning_rate(step, ROUNDS[name])
             optimizer.step()
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
         bar.set_postfix(loss=f"{smooth:.3f}", refresh=False)
@@ -328,16 +335,16 @@ def publish(model, processor, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=STEPS, action="append", help="train this one only")
-    parser.add_argument("--steps", type=int, help=f"instead of {STEPS}")
+    parser.add_argument("--model", choices=ROUNDS, help="train this one only")
+    parser.add_argument("--steps", type=int, help="end after this step, for a trial")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     parts = {
         "resnet": (make_resnet, ResnetData, resnet_loss, check_resnet),
         "blip": (make_blip, BlipData, blip_loss, check_blip),
     }
-    for name in arguments.model or STEPS:
-        trained = train(name, *parts[name], arguments.steps or STEPS[name])
+    for name in [arguments.model] if arguments.model else ROUNDS:
+        trained = train(name, *parts[name], arguments.steps or sum(steps for steps, _ in ROUNDS[name]))
         if trained is None:
             return
         if name == "resnet":
