@@ -185,6 +185,14 @@ class Scene:
         return (self._name(a, random), self._name(b, random)), "left" if a.cell[1] < b.cell[1] else "right"
 
 
+@dataclass(frozen=True)
+class ShapePicture:
+    """A picture of one shape and the index of its name in `LABELS`."""
+
+    image: Image.Image
+    label: int
+
+
 def scene(seed: int, kind: str | None = None) -> Scene:
     """Make the scene of a seed: an even one gives a training picture, an odd one a held-out picture.
 
@@ -238,14 +246,6 @@ def shape_examples(split: str, count: int, start: int = 0) -> Iterator[tuple[Ima
     for number in range(start, start + count):
         drawn = _of_split(_seed(split, number), draw)
         yield drawn.image, drawn.label
-
-
-@dataclass(frozen=True)
-class ShapePicture:
-    """A picture of one shape and the index of its name in `LABELS`."""
-
-    image: Image.Image
-    label: int
 
 
 def _seed(split: str, number: int) -> int:

@@ -330,6 +330,7 @@ def publish(model, processor, folder):
     processor.save_pretrained(fresh)
     folder.mkdir(exist_ok=True)
     for file in fresh.iterdir():
+        file.chmod(0o644)
         os.replace(file, folder / file.name)
 
 
