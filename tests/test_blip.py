@@ -908,6 +908,13 @@ def test_verify_compares_answers_and_logits(compiled, tiny, processor):
     assert texts == [ask_eagerly(tiny, processor, asked.question, asked.image) for asked in ASKED]
 
 
+def test_verify_compares_beams_too(compiled, tiny, processor):
+    checked = list(verify(compiled, tiny, processor, ASKED, num_beams=3))
+    assert all(v.actual == v.expected for v in checked)
+    texts = [processor.decode(v.actual, skip_special_tokens=True) for v in checked]
+    assert texts == [ask_eagerly(tiny, processor, asked.question, asked.image, num_beams=3) for asked in ASKED]
+
+
 def test_verify_sees_another_model(compiled, processor):
     other = make_tiny_blip()
     other.text_decoder.cls.predictions.bias += torch.linspace(-1, 1, len(WORDS))
