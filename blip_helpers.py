@@ -8,6 +8,7 @@ Facts about Neuron come from the AWS Neuron SDK documentation, https://awsdocs-n
 """
 
 import ast
+import copy
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -192,7 +193,7 @@ def neuron_compiler_args(
         "optlevel": optlevel,
     }
     for name, values in known.items():
-        if given[name] not in values:
+        if given[name] not in values or isinstance(given[name], bool):
             raise ValueError(f"{name} is {given[name]!r}; neuronx-cc knows {', '.join(map(str, values))}")
     args = ["--model-type", model_type, "--optlevel", str(optlevel), "--auto-cast", auto_cast]
     if auto_cast != "none":
@@ -244,11 +245,12 @@ def trace_module(module, example_inputs, *, input_output_aliases=None, backend=N
             raise ValueError(f"example input {name} is {_describe(example)}: only tensors cross the trace boundary")
     parameters = {id(parameter) for parameter in module.parameters()}
     for key, index in aliases.items():
-        if id(key) not in parameters or not isinstance(index, int):
+        if id(key) not in parameters or not isinstance(index, int) or isinstance(index, bool):
             raise ValueError("input_output_aliases maps Parameters of the module to the index of an output")
     # Outside inference mode a clone is an ordinary tensor: what is traced here works in every mode later.
     with torch.inference_mode(False), torch.no_grad():
         example_inputs = tuple(example.clone() for example in example_inputs)
+        _check_aliases(module, example_inputs, aliases)
         if backend == "neuron":
             import torch_neuronx
 
@@ -337,6 +339,21 @@ def _input_names(module, count):
     return (names + [f"input {i}" for i in range(len(names), count)])[:count]
 
 
+def _check_aliases(module, example_inputs, aliases):
+    outputs = module(*example_inputs) if aliases else ()
+    outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
+    for parameter, index in aliases.items():
+        if not 0 <= index < len(outputs):
+            raise ValueError(
+                f"input_output_aliases names output {index}; the module has {len(outputs)}, counted from 0"
+            )
+        if _describe(outputs[index]) != _describe(parameter):
+            raise ValueError(
+                f"input_output_aliases: output {index} is {_describe(outputs[index])}, its parameter "
+                f"{_describe(parameter)}; both have to be the same"
+            )
+
+
 class _KeepState(nn.Module):
     """What ``input_output_aliases`` does on a NeuronCore: an aliased output becomes its parameter's next value."""
 
@@ -385,9 +402,17 @@ def takes_positional_tensors_only(self, input: Tuple[{tensors}]) -> None:
     scope = {"__name__": __name__, "Tensor": torch.Tensor, "Tuple": tuple, "torch": torch}
     exec(compile(source, file, "exec"), scope)
     guarded = type("TracedForCpu", (nn.Module,), {"forward": scope["forward"]})()
-    stateful = _KeepState(module, aliases) if aliases else module
+    if aliases:  # the graph gets a state of its own, outside inference mode and autograd
+        index_of = {id(parameter): index for parameter, index in aliases.items()}
+        own = copy.deepcopy(module)
+        pairs = zip(module.parameters(), own.parameters(), strict=True)
+        aliases = {mine: index_of[id(theirs)] for theirs, mine in pairs if id(theirs) in index_of}
+        module = _KeepState(own.requires_grad_(False), aliases)
+    before = {parameter: parameter.clone() for parameter in aliases}
     with _quiet_properties():
-        guarded.graph = torch.jit.trace(stateful, example_inputs, check_trace=False)
+        guarded.graph = torch.jit.trace(module, example_inputs, check_trace=False)
+    for parameter, value in before.items():
+        parameter.copy_(value)
     guarded.register_forward_pre_hook(scope["takes_positional_tensors_only"])
     return torch.jit.script(guarded.train(module.training))
 
@@ -602,6 +627,8 @@ def pad_question(input_ids, attention_mask, question_length, pad_token_id=0):
             f"question has {tokens} tokens; this model was traced for {question_length}: "
             f"trace it with question_length >= {tokens}"
         )
+    if (attention_mask.diff(dim=1) > 0).any():
+        raise ValueError("a question is padded on its left: pad it on the right, where positions stay what they are")
     if not attention_mask.any(dim=1).all():  # as it is where there is no token at all
         raise ValueError("a question is empty (its attention_mask has no 1): ask something")
     padding = (0, question_length - tokens)
@@ -725,6 +752,7 @@ class NeuronBlipForQuestionAnswering(BlipForQuestionAnswering):
         self.text_decoder = DecoderPaddedGenerator(
             config.text_config, graphs["text_decoder"], shapes, generation_config
         )
+        self.eval()
 
     @property
     def device(self):
@@ -820,7 +848,9 @@ class NeuronBlipForQuestionAnswering(BlipForQuestionAnswering):
         for name, tensor, dims in (("input_ids", input_ids, 2), ("pixel_values", pixel_values, 4)):
             if not isinstance(tensor, torch.Tensor) or tensor.dim() != dims or not len(tensor):
                 raise ValueError(f"{name} is {_describe(tensor)}: pass a tensor of {dims} dimensions, as the processor")
-        questions, each = len(input_ids), _rows_per_question(generate_kwargs)
+        questions, each = len(input_ids), _rows_per_question(generate_kwargs, self.text_decoder.generation_config)
+        if pixel_values.dtype != torch.float32:
+            raise ValueError(f"pixel_values is {_describe(pixel_values)}; the graph was traced for float32: pass that")
         if len(pixel_values) not in (1, questions):
             raise ValueError(f"{len(pixel_values)} images for {questions} questions: pass one each or one for all")
         if questions * each > self.shapes.rows:
@@ -842,7 +872,10 @@ def _setting(generate_kwargs, name):
     return getattr(generate_kwargs.get("generation_config"), name, None) if value is None else value
 
 
-def _rows_per_question(generate_kwargs):
+def _rows_per_question(generate_kwargs, of_the_model):
+    """Rows that a question takes, as its arguments say or else the generation_config of the model."""
+    if generate_kwargs.get("generation_config") is None:
+        generate_kwargs = generate_kwargs | {"generation_config": of_the_model}
     return max(_setting(generate_kwargs, "num_beams") or 1, _setting(generate_kwargs, "num_return_sequences") or 1)
 
 
@@ -919,11 +952,19 @@ def trace(model, directory, shapes=None, *, decoder="padded", backend=None, comp
     ValueError
         If an argument is not of the kind described here.
     """
-    directory, shapes, backend = Path(directory), shapes or BlipShapes(), _known_backend(backend)
+    directory, backend = Path(directory), _known_backend(backend)
+    shapes = BlipShapes() if shapes is None else shapes
     if decoder != "padded":
         raise ValueError(f"decoder is {decoder!r}; there is 'padded'")
-    if model.training:
+    if not isinstance(model, BlipForQuestionAnswering):
+        raise ValueError(f"model is a {type(model).__name__}: pass a BlipForQuestionAnswering")
+    if not isinstance(shapes, BlipShapes):
+        raise ValueError(f"shapes is a {type(shapes).__name__}: pass BlipShapes(...)")
+    if any(module.training for module in model.modules()):
         raise ValueError("the model is in training mode, a trace would keep its dropout: call model.eval() first")
+    others = {_describe(p).split()[0] for p in model.parameters()} - {"float32"}
+    if others:
+        raise ValueError(f"the model has weights in {', '.join(others)}; float32 is what is traced: call model.float()")
     longest = model.config.text_config.max_position_embeddings
     if max(shapes.question_length, shapes.answer_length) > longest:
         raise ValueError(f"{shapes} is longer than the {longest} positions that this checkpoint has: shorten it")
@@ -986,7 +1027,7 @@ def read_manifest(directory):
     try:
         manifest = json.loads(path.read_bytes())
         sha256 = manifest.pop("sha256")
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         raise ValueError("manifest.json is damaged: trace the model again") from None
     if sha256 != _hash_json(manifest):
         raise ValueError("manifest.json was changed after it was written: trace the model again")
@@ -997,8 +1038,11 @@ def read_manifest(directory):
 
 def _write_manifest(directory, manifest):
     unfinished = directory / ".manifest.json.unfinished"
-    unfinished.write_text(json.dumps(manifest | {"sha256": _hash_json(manifest)}, indent=1))
-    os.replace(unfinished, directory / "manifest.json")
+    try:
+        unfinished.write_text(json.dumps(manifest | {"sha256": _hash_json(manifest)}, indent=1))
+        os.replace(unfinished, directory / "manifest.json")
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _changes(known, wanted):
@@ -1044,7 +1088,8 @@ def _hash_config(module):
 
 
 def _hash_json(value):
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+    read_back = json.loads(json.dumps(value))  # JSON has no integer keys: they come back as str, and sort as such
+    return hashlib.sha256(json.dumps(read_back, sort_keys=True).encode()).hexdigest()
 
 
 def _hash_file(path):
@@ -1074,6 +1119,8 @@ def infer(model, processor, text, image, **generate_kwargs):
     ValueError
         If a question is empty or longer than what was traced, an image is none, or the arguments do not fit.
     """
+    if not isinstance(text, str | list | tuple):
+        raise ValueError(f"question is a {type(text).__name__}: pass a str, or a list of them")
     questions = [text] if isinstance(text, str) else list(text)
     images = list(image) if isinstance(image, list | tuple) else [image] * len(questions)
     if len(images) != len(questions):
@@ -1083,7 +1130,8 @@ def infer(model, processor, text, image, **generate_kwargs):
     token_ids = [_question_tokens(processor, question) for question in questions]
     together = 1
     if isinstance(model, NeuronBlipForQuestionAnswering):
-        together = max(1, model.shapes.rows // _rows_per_question(generate_kwargs))
+        each = _rows_per_question(generate_kwargs, model.text_decoder.generation_config)
+        together = max(1, model.shapes.rows // each)
         if len(questions) > together and _setting(generate_kwargs, "do_sample"):
             raise ValueError(
                 f"{len(questions)} questions are more than the {together} that fit into one call, and sampling in "
@@ -1092,9 +1140,12 @@ def infer(model, processor, text, image, **generate_kwargs):
     answers, pixels = [], {}
     for start in range(0, len(questions), together):
         batch = slice(start, start + together)
-        padded = processor.tokenizer.pad({"input_ids": token_ids[batch]}, return_tensors="pt")
+        padded = processor.tokenizer.pad({"input_ids": token_ids[batch]}, padding_side="right", return_tensors="pt")
         # A picture that was in the batch before is not processed again; others are forgotten.
-        pixels = {id(p): pixels[id(p)] if id(p) in pixels else _pixel_values(processor, p) for p in images[batch]}
+        pixels = {id(picture): pixels.get(id(picture)) for picture in images[batch]}
+        for picture in images[batch]:
+            if pixels[id(picture)] is None:
+                pixels[id(picture)] = _pixel_values(processor, picture)
         pixel_values = torch.cat([pixels[id(picture)] for picture in images[batch]])
         output = model.generate(padded.input_ids, pixel_values, attention_mask=padded.attention_mask, **generate_kwargs)
         answers += processor.batch_decode(output, skip_special_tokens=True)
@@ -1114,9 +1165,12 @@ def _pixel_values(processor, image):
     if not is_valid_image(image):
         raise ValueError(f"image is a {type(image).__name__}: pass a picture, such as PIL.Image.open(path)")
     try:
-        return processor.image_processor(image, return_tensors="pt").pixel_values
+        pixel_values = processor.image_processor(image, return_tensors="pt").pixel_values
     except Exception as error:
         raise ValueError(f"image cannot be read as a picture: {error}") from error
+    if len(pixel_values) != 1:
+        raise ValueError(f"image holds {len(pixel_values)} pictures: pass a list with one a question")
+    return pixel_values
 
 
 @dataclass(frozen=True)
@@ -1148,7 +1202,8 @@ def verify(compiled, model, processor, examples, **generate_kwargs):
     Verified
         Token ids, and the largest difference of the logits over the steps up to the first different token.
     """
-    examples, each = list(examples), _rows_per_question(generate_kwargs)
+    examples = list(examples)
+    each = _rows_per_question(generate_kwargs, compiled.text_decoder.generation_config)
     at_once = max(1, compiled.shapes.rows // each)
     generate_kwargs = {"max_new_tokens": compiled.shapes.answer_length - 1} | generate_kwargs
     generate_kwargs |= {"return_dict_in_generate": True, "output_logits": True}
@@ -1162,7 +1217,8 @@ def verify(compiled, model, processor, examples, **generate_kwargs):
             difference = 0.0
             for step, logits in enumerate(expected.logits):
                 rows = actual.logits[step][row * each : (row + 1) * each]
-                difference = max(difference, (rows - logits).abs().max().item())
+                worst = (rows - logits).abs().max().item()
+                difference = difference if worst <= difference else worst  # a NaN stays one
                 if actual.sequences[row, step + 1] != expected.sequences[0, step + 1]:
                     break
             token_ids = expected.sequences[0], actual.sequences[row]

@@ -31,7 +31,8 @@ def resnet():
 
 @pytest.fixture(scope="module")
 def held_out():
-    return list(examples("held-out", 304))
+    """Those of a kind follow each other: in a batch the longest answer decides how many steps there are."""
+    return sorted(examples("held-out", 38 * len(KINDS)), key=lambda example: example.kind)
 
 
 # Scenes
@@ -135,25 +136,25 @@ def test_no_answer_can_be_guessed_from_the_question_alone(held_out):
 # The bundled BLIP
 
 
-def test_questions_and_answers_fit_the_shapes_that_are_traced_by_default(blip):
-    _, processor = blip
-    asked = [example for split in SPLITS for example in examples(split, 800)]
-    questions = [len(ids) for ids in processor.tokenizer([e.question for e in asked]).input_ids]
-    answers = [len(ids) for ids in processor.tokenizer([e.answer for e in asked]).input_ids]  # [CLS] as start token
+def test_questions_and_answers_fit_the_shapes_that_are_traced_by_default(blip, held_out):
+    tokenizer = blip[1].tokenizer
+    questions = [len(ids) for ids in tokenizer([e.question for e in held_out]).input_ids]
+    answers = [
+        len(ids) for ids in tokenizer([e.answer for e in held_out]).input_ids
+    ]  # [CLS] in the start token's place
     shapes = BlipShapes()
     assert min(questions) >= 4 and max(questions) <= shapes.question_length
     assert 18 <= max(answers) <= shapes.answer_length
     assert min(answers) == 3
 
 
-def test_the_tokenizer_knows_every_word(blip):
+def test_the_tokenizer_knows_every_word(blip, held_out):
     tokenizer = blip[1].tokenizer
-    for split in SPLITS:
-        for example in examples(split, 400):
-            for text in (example.question, example.answer):
-                ids = tokenizer(text).input_ids
-                assert tokenizer.unk_token_id not in ids
-                assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == text.replace(" ", "")
+    for example in held_out:
+        for text in (example.question, example.answer):
+            ids = tokenizer(text).input_ids
+            assert tokenizer.unk_token_id not in ids
+            assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == text.replace(" ", "")
 
 
 def test_the_start_token_is_a_special_token(blip):
@@ -203,7 +204,7 @@ def test_the_longest_answers_are_right_too(answered, held_out):
 
 
 def test_the_bundled_blip_answers_compiled_as_eager(compiled, blip, held_out):
-    checked = list(verify(compiled, *blip, held_out[:24]))
+    checked = list(verify(compiled, *blip, held_out[::13]))
     assert all(v.actual == v.expected for v in checked)
     assert max(v.difference for v in checked) < 1e-4
 
@@ -211,7 +212,7 @@ def test_the_bundled_blip_answers_compiled_as_eager(compiled, blip, held_out):
 def test_padding_changes_no_logit_of_the_bundled_blip(blip, held_out):
     model, processor = blip
     with torch.no_grad(), acting_question_mask(model):
-        for example in held_out[:16]:
+        for example in held_out[::19]:
             inputs = processor(images=example.image, text=example.question, return_tensors="pt")
             padded = processor(
                 images=example.image, text=example.question, padding="max_length", max_length=16, return_tensors="pt"
