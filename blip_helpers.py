@@ -402,6 +402,7 @@ def takes_positional_tensors_only(self, input: Tuple[{tensors}]) -> None:
     scope = {"__name__": __name__, "Tensor": torch.Tensor, "Tuple": tuple, "torch": torch}
     exec(compile(source, file, "exec"), scope)
     guarded = type("TracedForCpu", (nn.Module,), {"forward": scope["forward"]})()
+    training = module.training
     if aliases:  # the graph gets a state of its own, outside inference mode and autograd
         index_of = {id(parameter): index for parameter, index in aliases.items()}
         own = copy.deepcopy(module)
@@ -414,7 +415,7 @@ def takes_positional_tensors_only(self, input: Tuple[{tensors}]) -> None:
     for parameter, value in before.items():
         parameter.copy_(value)
     guarded.register_forward_pre_hook(scope["takes_positional_tensors_only"])
-    return torch.jit.script(guarded.train(module.training))
+    return torch.jit.script(guarded.train(training))
 
 
 @contextmanager
