@@ -336,7 +336,7 @@ def _input_names(module, count):
         for name, parameter in inspect.signature(module.forward).parameters.items()
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ]
-    return (names + [f"input {i}" for i in range(len(names), count)])[:count]
+    return (names + [f"number {i}" for i in range(len(names), count)])[:count]
 
 
 def _check_aliases(module, example_inputs, aliases):
@@ -1215,20 +1215,23 @@ def verify(compiled, model, processor, examples, **generate_kwargs):
         for row, example in enumerate(batch):
             alone = processor(images=example.image, text=example.question, return_tensors="pt")
             expected = model.generate(**alone, **generate_kwargs)
+            theirs, ours = expected.sequences[0], actual.sequences[row * len(actual.sequences) // len(batch)]
             difference = 0.0
-            for step, logits in enumerate(expected.logits):
+            # A beam search may go on for steps that the sequence it returns does not have.
+            for step, logits in enumerate(expected.logits[: min(len(theirs), len(ours)) - 1]):
                 rows = actual.logits[step][row * each : (row + 1) * each]
                 worst = (rows - logits).abs().max().item()
                 difference = difference if worst <= difference else worst  # a NaN stays one
-                if actual.sequences[row, step + 1] != expected.sequences[0, step + 1]:
+                if ours[step + 1] != theirs[step + 1]:
                     break
-            token_ids = expected.sequences[0], actual.sequences[row]
-            yield Verified(example, *(trim(ids, compiled.decoder_pad_token_id) for ids in token_ids), difference)
+            sep_token_id = compiled.config.text_config.sep_token_id
+            yield Verified(example, trim(theirs, sep_token_id), trim(ours, sep_token_id), difference)
 
 
-def trim(token_ids, pad_token_id):
-    """int64 [tokens] -> list of int, without the padding that a row gets at its end in a batch of longer ones."""
+def trim(token_ids, sep_token_id):
+    """int64 [tokens] -> list of int, up to the first [SEP]: without what fills a row up in a batch of longer ones.
+
+    That is padding, but [SEP] again after a beam search of transformers 5 where the id of [PAD] is 0.
+    """
     token_ids = token_ids.tolist()
-    while token_ids and token_ids[-1] == pad_token_id:
-        token_ids.pop()
-    return token_ids
+    return token_ids[: token_ids.index(sep_token_id) + 1] if sep_token_id in token_ids else token_ids

@@ -627,7 +627,7 @@ def test_pixels_of_other_dimensions_are_a_value_error(compiled, shape):
     ids=lambda pixels: f"{pixels.dtype} {list(pixels.shape)}",
 )
 def test_an_image_of_another_size_or_dtype_is_a_value_error(compiled, pixels):
-    with refused(f"pixel_values is .*traced for float32 \\[1, 3, {SIZE}, {SIZE}\\]"):
+    with refused(r"pixel_values is .*traced for float32"):
         compiled.generate(make_questions([4])[0], pixels)
 
 
