@@ -342,6 +342,8 @@ def _input_names(module, count):
 def _check_aliases(module, example_inputs, aliases):
     outputs = module(*example_inputs) if aliases else ()
     outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
+    if aliases and len(outputs) == len(set(aliases.values())):
+        raise ValueError("input_output_aliases takes every output: return a real one first, the state after it")
     for parameter, index in aliases.items():
         if not 0 <= index < len(outputs):
             raise ValueError(
@@ -364,9 +366,10 @@ class _KeepState(nn.Module):
 
     def forward(self, *inputs):
         outputs = self.module(*inputs)
+        # Clones, since a module may return its state, or a view of it, as a real output too.
+        returned = tuple(o.clone() for i, o in enumerate(outputs) if i not in self.aliases.values())
         for parameter, index in self.aliases.items():
             parameter.copy_(outputs[index])
-        returned = tuple(o for i, o in enumerate(outputs) if i not in self.aliases.values())
         return returned[0] if len(returned) == 1 else returned
 
 
