@@ -18,6 +18,7 @@ import linecache
 import os
 import shlex
 import textwrap
+import threading
 import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -30,6 +31,7 @@ with warnings.catch_warnings():
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoTokenizer,
     BlipConfig,
@@ -40,6 +42,8 @@ from transformers import (
     PreTrainedModel,
     ResNetForImageClassification,
 )
+from transformers.cache_utils import Cache
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.image_utils import is_valid_image
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithCrossAttentions
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
@@ -462,28 +466,45 @@ class BlipShapes:
     num_beams : int
         The decoder's R rows are ``batch_size * num_beams``: a call of ``generate()`` fits when its questions times its
         beams (or returned sequences) are no more.
-    question_length : int
-        Q, tokens of a question with its ``[CLS]`` and ``[SEP]``.
+    question_length : int, or tuple of int
+        Q, tokens of a question with its ``[CLS]`` and ``[SEP]``. Several lengths make a question graph each, of which
+        a call takes the smallest that fits; Q is the longest then.
     answer_length : int
         A, tokens of an answer with its start token: at most A - 1 new ones.
     """
 
     batch_size: int = 1
     num_beams: int = 1
-    question_length: int = 16
+    question_length: int | tuple[int, ...] = 16
     answer_length: int = 24
 
     def __post_init__(self):
         for field in fields(self):
             least = 2 if field.name == "answer_length" else 1
-            value = getattr(self, field.name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{field.name} is {value!r}: give a whole number of at least {least}")
+            given = getattr(self, field.name)
+            several = field.name == "question_length" and isinstance(given, tuple | list)
+            for value in given if several and given else [given]:
+                if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                    raise ValueError(f"{field.name} is {given!r}: give a whole number of at least {least}")
+        object.__setattr__(self, "question_length", self.question_lengths)
+        if len(self.question_lengths) == 1:
+            object.__setattr__(self, "question_length", self.longest_question)
 
     @property
     def rows(self):
         """R, rows of the decoder."""
         return self.batch_size * self.num_beams
+
+    @property
+    def question_lengths(self):
+        """The lengths that there is a question graph for, the shortest first."""
+        several = isinstance(self.question_length, tuple | list)
+        return tuple(sorted(set(self.question_length))) if several else (self.question_length,)
+
+    @property
+    def longest_question(self):
+        """Q: what questions are padded to, and what the decoder was traced for."""
+        return self.question_lengths[-1]
 
 
 def load_blip(source=None):
@@ -593,7 +614,7 @@ class TextEncoderWrapper(nn.Module):
 
     def forward(self, input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask=None, return_dict=False):
         """input_ids, attention_mask int64 [questions, Q], encoder_hidden_states fp32 [1, T, D]
-        -> (features fp32 [questions, Q, D],)
+        -> (features fp32 [questions, Q, D],), or whatever else the graph makes of a question
 
         Every image token counts, so that ``encoder_attention_mask`` has nothing to say."""
         questions = []
@@ -676,9 +697,8 @@ class DecoderOutputFormatter(nn.Module):
         super().__init__()
         self.decoder = decoder
 
-    def forward(self, input_ids, encoder_hidden_states, encoder_attention_mask, attention_mask, position):
-        logits = self.decoder(input_ids, encoder_hidden_states, encoder_attention_mask, attention_mask, position)
-        return CausalLMOutputWithCrossAttentions(logits=logits)
+    def forward(self, *inputs):
+        return CausalLMOutputWithCrossAttentions(logits=self.decoder(*inputs))
 
 
 class DecoderPaddedGenerator(PreTrainedModel, GenerationMixin):
@@ -739,23 +759,26 @@ class NeuronBlipForQuestionAnswering(BlipForQuestionAnswering):
     ----------
     config : BlipConfig
     graphs : dict of str to nn.Module
-        ``vision_model``, ``text_encoder`` and ``text_decoder``: traced, or the modules that are traced.
+        By the names of `parts_to_trace`: traced, or the modules that are traced.
     shapes : BlipShapes
     generation_config : GenerationConfig
         That of the text decoder.
+    decoder : type
+        What stands in for the text decoder: `DecoderPaddedGenerator`, or one of those from notebook 05.
     """
 
-    def __init__(self, config, graphs, shapes, generation_config):
+    def __init__(self, config, graphs, shapes, generation_config, decoder=DecoderPaddedGenerator):
         # Past BlipForQuestionAnswering's own __init__, which would draw a second full set of random weights.
         super(BlipForQuestionAnswering, self).__init__(config)
         self.decoder_pad_token_id = config.text_config.pad_token_id
         self.decoder_start_token_id = config.text_config.bos_token_id
         self.shapes = shapes
         self.vision_model = VisionModelWrapper(graphs["vision_model"])
-        self.text_encoder = TextEncoderWrapper(graphs["text_encoder"], shapes)
-        self.text_decoder = DecoderPaddedGenerator(
-            config.text_config, graphs["text_decoder"], shapes, generation_config
+        questions = {name: graphs[name] for name in _question_graphs(shapes)}
+        self.text_encoder = TextEncoderWrapper(
+            ShortestQuestionGraph(questions, shapes) if len(questions) > 1 else questions["text_encoder"], shapes
         )
+        self.text_decoder = decoder(config.text_config, graphs["text_decoder"], shapes, generation_config)
         self.eval()
 
     @property
@@ -779,7 +802,9 @@ class NeuronBlipForQuestionAnswering(BlipForQuestionAnswering):
             problem = _changes(part, {**part, "versions": versions}) or _damage(directory, name, part)
             if problem:
                 raise ValueError(f"{name}: {problem}; trace the model again, what is still valid will be kept")
-        missing = [name for name in PARTS if name not in manifest["parts"]]
+        shapes = BlipShapes(**manifest["shapes"])
+        wanted = ["vision_model", *_question_graphs(shapes), "text_decoder"]
+        missing = [name for name in wanted if name not in manifest["parts"]]
         if missing:
             raise ValueError(f"{', '.join(missing)} not traced yet; call trace() again, it goes on where it stopped")
         graphs = {
@@ -789,12 +814,32 @@ class NeuronBlipForQuestionAnswering(BlipForQuestionAnswering):
         return cls(
             BlipConfig.from_dict(manifest["config"]),
             graphs,
-            BlipShapes(**manifest["shapes"]),
+            shapes,
             GenerationConfig.from_dict(manifest["generation_config"]),
+            _decoders()[manifest["decoder"]][1],
         )
 
     @torch.no_grad()
-    def generate(self, input_ids, pixel_values, attention_mask=None, interpolate_pos_encoding=False, **generate_kwargs):
+    def encode_image(self, pixel_values):
+        """Run the image graph, once for any number of questions asked later.
+
+        pixel_values fp32 [images, 3, height, width] -> last_hidden_state fp32 [images, T, D], in the output object that
+        `generate` and `infer` take as ``image``
+        """
+        self._check_image(pixel_values)
+        return self.vision_model(pixel_values)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids,
+        pixel_values=None,
+        attention_mask=None,
+        interpolate_pos_encoding=False,
+        *,
+        image=None,
+        **generate_kwargs,
+    ):
         """Answer questions; as Hugging Face's method, with a question mask that acts.
 
         Parameters
@@ -804,6 +849,7 @@ class NeuronBlipForQuestionAnswering(BlipForQuestionAnswering):
             An image a question, or one for all. An image that comes several times is encoded once.
         attention_mask : int64 [questions, q], optional
             0 where a question is padded.
+        image : what `encode_image` returned, instead of ``pixel_values``
         **generate_kwargs
             Those of ``GenerationMixin.generate``. Without a limit there are at most A - 1 new tokens.
 
@@ -816,21 +862,26 @@ class NeuronBlipForQuestionAnswering(BlipForQuestionAnswering):
         ValueError
             If a question, the batch or the limit is larger than what was traced, or a token is not in the vocabulary.
         """
+        if (pixel_values is None) == (image is None):
+            raise ValueError("pass either pixel_values or image, what encode_image made of them, and not both")
         generate_kwargs = self._with_limit(generate_kwargs)
-        self._check_request(input_ids, pixel_values, generate_kwargs)
+        pictures = self._check_image(pixel_values) if image is None else self._check_encoded(image)
+        self._check_questions(input_ids, len(pictures), generate_kwargs)
         text_config, questions = self.config.text_config, len(input_ids)
         input_ids, attention_mask = pad_question(
-            input_ids, attention_mask, self.shapes.question_length, text_config.pad_token_id
+            input_ids, attention_mask, self.shapes.longest_question, text_config.pad_token_id
         )
-        features = torch.zeros(*input_ids.shape, text_config.hidden_size)
-        for image, rows in _rows_by_image(pixel_values, questions):
-            image_embeds = self.vision_model(image, interpolate_pos_encoding)[0]
-            features[rows] = self.text_encoder(input_ids[rows], attention_mask[rows], image_embeds)[0]
+        features = [None] * questions
+        for picture, rows in _rows_by_image(pictures, questions):
+            image_embeds = picture if image is not None else self.vision_model(picture, interpolate_pos_encoding)[0]
+            of_picture = self.text_encoder(input_ids[rows], attention_mask[rows], image_embeds)[0]
+            for row, feature in zip(rows, of_picture, strict=True):
+                features[row] = feature
         return self.text_decoder.generate(
             input_ids=torch.full((questions, 1), self.decoder_start_token_id),
             eos_token_id=text_config.sep_token_id,
             pad_token_id=text_config.pad_token_id,
-            encoder_hidden_states=features,
+            encoder_hidden_states=torch.stack(features),
             encoder_attention_mask=attention_mask,
             **generate_kwargs,
         )
@@ -848,15 +899,24 @@ class NeuronBlipForQuestionAnswering(BlipForQuestionAnswering):
             )
         return generate_kwargs if given is not None else {**generate_kwargs, "max_new_tokens": most}
 
-    def _check_request(self, input_ids, pixel_values, generate_kwargs):
-        for name, tensor, dims in (("input_ids", input_ids, 2), ("pixel_values", pixel_values, 4)):
-            if not isinstance(tensor, torch.Tensor) or tensor.dim() != dims or not len(tensor):
-                raise ValueError(f"{name} is {_describe(tensor)}: pass a tensor of {dims} dimensions, as the processor")
-        questions, each = len(input_ids), _rows_per_question(generate_kwargs, self.text_decoder.generation_config)
+    def _check_image(self, pixel_values):
+        _check_dimensions("pixel_values", pixel_values, 4)
         if pixel_values.dtype != torch.float32:
             raise ValueError(f"pixel_values is {_describe(pixel_values)}; the graph was traced for float32: pass that")
-        if len(pixel_values) not in (1, questions):
-            raise ValueError(f"{len(pixel_values)} images for {questions} questions: pass one each or one for all")
+        return pixel_values
+
+    def _check_encoded(self, image):
+        image_embeds = image.last_hidden_state if isinstance(image, BaseModelOutputWithPooling) else None
+        if image_embeds is None:
+            raise ValueError(f"image is {_describe(image)}: pass what encode_image returns, or pixel_values")
+        _check_dimensions("image", image_embeds, 3)
+        return image_embeds
+
+    def _check_questions(self, input_ids, images, generate_kwargs):
+        _check_dimensions("input_ids", input_ids, 2)
+        questions, each = len(input_ids), _rows_per_question(generate_kwargs, self.text_decoder.generation_config)
+        if images not in (1, questions):
+            raise ValueError(f"{images} images for {questions} questions: pass one each or one for all")
         if questions * each > self.shapes.rows:
             raise ValueError(
                 f"{questions} questions with {each} rows each need {questions * each} rows; this model was traced for "
@@ -868,6 +928,11 @@ class NeuronBlipForQuestionAnswering(BlipForQuestionAnswering):
                 f"input_ids has tokens from {input_ids.min()} to {input_ids.max()}; the vocabulary has 0 to {last}: "
                 "use the processor of this checkpoint"
             )
+
+
+def _check_dimensions(name, tensor, dims):
+    if not isinstance(tensor, torch.Tensor) or tensor.dim() != dims or not len(tensor):
+        raise ValueError(f"{name} is {_describe(tensor)}: pass a tensor of {dims} dimensions, as the processor")
 
 
 def _setting(generate_kwargs, name):
@@ -883,53 +948,77 @@ def _rows_per_question(generate_kwargs, of_the_model):
     return max(_setting(generate_kwargs, "num_beams") or 1, _setting(generate_kwargs, "num_return_sequences") or 1)
 
 
-def _rows_by_image(pixel_values, questions):
-    """Each different image, [1, 3, height, width], with the rows of its questions."""
-    if len(pixel_values) == 1:
-        return [(pixel_values, list(range(questions)))]
+def _rows_by_image(images, questions):
+    """Each different image, [1, ...] as `images` has them, with the rows of its questions."""
+    if len(images) == 1:
+        return [(images, list(range(questions)))]
     rows = {}
-    for row, image in enumerate(pixel_values):
+    for row, image in enumerate(images):
         rows.setdefault(image.numpy().tobytes(), []).append(row)
-    return [(pixel_values[of_image[:1]], of_image) for of_image in rows.values()]
+    return [(images[of_image[:1]], of_image) for of_image in rows.values()]
 
-
-PARTS = ("vision_model", "text_encoder", "text_decoder")
 
 # To be raised by whoever makes a wrapper compute something else: older artifacts are then traced again.
-FORMAT = 1
+FORMAT = 2
 
 
-def parts_to_trace(model, shapes):
-    """The modules that are traced and example inputs for each: ``{name: (module, example_inputs)}``.
+def _question_graphs(shapes):
+    """The names of the question graphs, with the length of each."""
+    if len(shapes.question_lengths) == 1:
+        return {"text_encoder": shapes.longest_question}
+    return {f"text_encoder_{length}": length for length in shapes.question_lengths}
 
-    The example masks are ragged: no value of theirs may end up in a graph, and a mask of ones is the likeliest to.
-    """
-    text, vision = model.config.text_config, model.config.vision_config
-    image_embeds = torch.zeros(1, model.vision_model.embeddings.num_positions, vision.hidden_size)
-    question = torch.full((shapes.batch_size, shapes.question_length), text.pad_token_id)
-    question_mask = (torch.arange(shapes.question_length) < 1).long().expand(shapes.batch_size, -1)
-    answer = torch.full((shapes.rows, shapes.answer_length), text.pad_token_id)
+
+def _decoders():
+    """For each kind of decoder the module that is traced, and what stands in for ``model.text_decoder`` around it."""
     return {
-        "vision_model": (
-            NeuronVisionModel(model.vision_model),
-            (torch.zeros(1, 3, vision.image_size, vision.image_size),),
-        ),
-        "text_encoder": (NeuronTextEncoder(model.text_encoder), (question, question_mask, image_embeds)),
-        "text_decoder": (
-            PaddedDecoder(model.text_decoder),
-            (
-                answer,
-                torch.zeros(shapes.rows, shapes.question_length, text.hidden_size),
-                (torch.arange(shapes.question_length) < 1).long().expand(shapes.rows, -1),
-                (torch.arange(shapes.answer_length) < 2).long().expand(shapes.rows, -1),
-                torch.tensor([1]),
-            ),
-        ),
+        "padded": (PaddedDecoder, DecoderPaddedGenerator),
+        "cached": (CachedDecoder, DecoderCachedGenerator),
+        "greedy": (GreedyDecoder, DecoderGreedyGenerator),
     }
 
 
-def trace(model, directory, shapes=None, *, decoder="padded", backend=None, compiler_args=None):
-    """Trace the three parts of `model` into `directory` and load them as one model.
+def parts_to_trace(model, shapes, decoder="cached"):
+    """The modules that are traced and example inputs for each: ``{name: (module, example_inputs)}``.
+
+    The example masks are ragged: no value of theirs may end up in a graph, and a mask of ones is the likeliest to.
+    `decoder` is ``"padded"``, ``"cached"`` or ``"greedy"``, a cached one that chooses the token itself.
+    """
+    text, vision = model.config.text_config, model.config.vision_config
+    pixel_values = torch.zeros(1, 3, vision.image_size, vision.image_size)
+    parts = {"vision_model": (NeuronVisionModel(model.vision_model), (pixel_values,))}
+    image_embeds = torch.zeros(1, model.vision_model.embeddings.num_positions, vision.hidden_size)
+    for name, length in _question_graphs(shapes).items():
+        question = torch.full((shapes.batch_size, length), text.pad_token_id)
+        question_mask = (torch.arange(length) < 1).long().expand(shapes.batch_size, -1)
+        padded = decoder == "padded"
+        encoder = NeuronTextEncoder(model.text_encoder) if padded else CachedTextEncoder(model)
+        parts[name] = (encoder, (question, question_mask, image_embeds))
+    if decoder == "padded":
+        answer = (
+            torch.full((shapes.rows, shapes.answer_length), text.pad_token_id),
+            torch.zeros(shapes.rows, shapes.longest_question, text.hidden_size),
+            (torch.arange(shapes.longest_question) < 1).long().expand(shapes.rows, -1),
+            (torch.arange(shapes.answer_length) < 2).long().expand(shapes.rows, -1),
+            torch.tensor([1]),
+        )
+        return parts | {"text_decoder": (PaddedDecoder(model.text_decoder), answer)}
+    step = (torch.full((shapes.rows, 1), text.pad_token_id), torch.tensor([1]), torch.arange(shapes.rows))
+    return parts | {"text_decoder": (_decoders()[decoder][0](model.text_decoder, shapes), step)}
+
+
+def trace(
+    model,
+    directory,
+    shapes=None,
+    *,
+    decoder="cached",
+    greedy=False,
+    dtype=torch.float32,
+    backend=None,
+    compiler_args=None,
+):
+    """Trace the parts of `model` into `directory` and load them as one model.
 
     What is there already and still valid is kept; the rest is traced, with the reason printed. Each part is complete on
     disk before the manifest names it: after an interruption the next call goes on from there.
@@ -942,8 +1031,12 @@ def trace(model, directory, shapes=None, *, decoder="padded", backend=None, comp
         Made if missing. Holds ``manifest.json`` and a ``.pt`` file a part.
     shapes : BlipShapes, optional
         By default ``BlipShapes()``.
-    decoder : {"padded"}
-        The kind of decoder.
+    decoder : {"cached", "padded"}
+        One that keeps keys and values (notebook 05), or one that computes the whole answer anew (notebook 03).
+    greedy : bool
+        Of a cached decoder: choose the token inside the graph, which returns ids and no logits.
+    dtype : {torch.float32, torch.bfloat16}
+        What matrices are multiplied in; see `round_matrices`. On Neuron the compiler's flags say it.
     backend, compiler_args
         As in `trace_module`.
 
@@ -958,8 +1051,14 @@ def trace(model, directory, shapes=None, *, decoder="padded", backend=None, comp
     """
     directory, backend = Path(directory), _known_backend(backend)
     shapes = BlipShapes() if shapes is None else shapes
-    if decoder != "padded":
-        raise ValueError(f"decoder is {decoder!r}; there is 'padded'")
+    if decoder not in ("cached", "padded"):
+        raise ValueError(f"decoder is {decoder!r}; there are 'cached' and 'padded'")
+    if greedy and decoder != "cached":
+        raise ValueError("greedy=True chooses the token inside a cached decoder: pass decoder='cached' with it")
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype is {dtype!r}; there are torch.float32 and torch.bfloat16")
+    if dtype == torch.bfloat16 and compiler_args is not None:
+        raise ValueError("dtype=torch.bfloat16 chooses the compiler's flags: pass it or compiler_args, not both")
     if not isinstance(model, BlipForQuestionAnswering):
         raise ValueError(f"model is a {type(model).__name__}: pass a BlipForQuestionAnswering")
     if not isinstance(shapes, BlipShapes):
@@ -970,12 +1069,13 @@ def trace(model, directory, shapes=None, *, decoder="padded", backend=None, comp
     if others:
         raise ValueError(f"the model has weights in {', '.join(others)}; float32 is what is traced: call model.float()")
     longest = model.config.text_config.max_position_embeddings
-    if max(shapes.question_length, shapes.answer_length) > longest:
+    if max(shapes.longest_question, shapes.answer_length) > longest:
         raise ValueError(f"{shapes} is longer than the {longest} positions that this checkpoint has: shorten it")
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file: pass a directory")
     if compiler_args is None:
-        compiler_args = neuron_compiler_args() if backend == "neuron" else []
+        auto_cast = "none" if dtype == torch.float32 else "matmult"
+        compiler_args = neuron_compiler_args(auto_cast, "bf16") if backend == "neuron" else []
     try:
         known = read_manifest(directory)["parts"]
     except ValueError:
@@ -983,18 +1083,22 @@ def trace(model, directory, shapes=None, *, decoder="padded", backend=None, comp
     manifest = {
         "format": FORMAT,
         "shapes": asdict(shapes),
-        "decoder": decoder,
+        "decoder": "greedy" if greedy else decoder,
         "backend": backend,
         "config": model.config.to_dict(),
         "generation_config": model.text_decoder.generation_config.to_dict(),
         "parts": {},
     }
-    parts, wanted, reasons = parts_to_trace(model, shapes), {}, {}
+    parts, wanted, reasons = parts_to_trace(model, shapes, manifest["decoder"]), {}, {}
     for name, (module, example_inputs) in parts.items():
+        config = model.config.vision_config if name == "vision_model" else model.config.text_config
         wanted[name] = {
+            "kind": type(module).__name__,
             "inputs": describe_inputs(module, example_inputs),
+            "state": {f"state {i}": _describe(parameter) for i, parameter in enumerate(_state(module))},
+            "dtype": str(dtype).removeprefix("torch."),
             "weights": _hash_weights(module),
-            "config": _hash_config(module),
+            "config": _hash_config(config),
             "backend": backend,
             "compiler_args": _as_list(compiler_args),
             "versions": _versions(backend),
@@ -1006,10 +1110,19 @@ def trace(model, directory, shapes=None, *, decoder="padded", backend=None, comp
             manifest["parts"][name] = known[name]
     directory.mkdir(parents=True, exist_ok=True)
     _write_manifest(directory, manifest)
+    width = max(map(len, parts))
     for name, (module, example_inputs) in parts.items():
-        print(f"{name:<12}  {'traced: ' + reasons[name] if reasons[name] else 'kept'}", flush=True)
+        print(f"{name:<{width}}  {'traced: ' + reasons[name] if reasons[name] else 'kept'}", flush=True)
         if reasons[name]:
-            traced = trace_module(module, example_inputs, backend=backend, compiler_args=compiler_args)
+            if dtype != torch.float32 and backend == "cpu":
+                module = round_matrices(module, dtype)
+            traced = trace_module(
+                module,
+                example_inputs,
+                input_output_aliases={parameter: index for index, parameter in enumerate(_state(module), 1)},
+                backend=backend,
+                compiler_args=compiler_args,
+            )
             save_traced(traced, directory / f"{name}.pt")
             manifest["parts"][name] = wanted[name] | {"sha256": _hash_file(directory / f"{name}.pt")}
             _write_manifest(directory, manifest)
@@ -1051,16 +1164,18 @@ def _write_manifest(directory, manifest):
 
 def _changes(known, wanted):
     """What differs between a traced part and the part that is wanted, in words; "" where nothing does."""
+    if known["kind"] != wanted["kind"]:
+        return f"it was a {known['kind']}, is a {wanted['kind']}"
     if known["weights"] != wanted["weights"]:
         return "the weights are others"
     if known["config"] != wanted["config"]:
         return "the configuration of the model is another"
-    for kind in ("inputs", "versions"):
+    for kind in ("inputs", "state", "versions"):
         for name in known[kind] | wanted[kind]:
             was, now = known[kind].get(name, "absent"), wanted[kind].get(name, "absent")
             if was != now:
                 return f"{name} was {was}, is {now}"
-    for kind in ("backend", "compiler_args"):
+    for kind in ("dtype", "backend", "compiler_args"):
         if known[kind] != wanted[kind]:
             return f"{kind} was {known[kind]}, is {wanted[kind]}"
     return ""
@@ -1077,17 +1192,23 @@ def _versions(backend):
     return {package: importlib.metadata.version(package).split("+")[0] for package in packages}
 
 
+def _state(module):
+    """The Parameters of a module that are not its weights."""
+    return list(getattr(module, "state", []))
+
+
 def _hash_weights(module):
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
+    digest, state = hashlib.sha256(), {id(parameter) for parameter in _state(module)}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) in state:
+            continue
         digest.update(f"{name} {_describe(tensor)} ".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def _hash_config(module):
-    (model,) = module.children()
-    config = model.config.to_dict()
+def _hash_config(config):
+    config = config.to_dict()
     return _hash_json({key: config[key] for key in config if key not in ("transformers_version", "_name_or_path")})
 
 
@@ -1111,6 +1232,7 @@ def infer(model, processor, text, image, **generate_kwargs):
     processor : BlipProcessor
     text : str or list of str
     image : a picture as `processor` takes it (PIL image, array or tensor), or a list with one a question
+        Or what ``encode_image`` of the compiled model returned.
     **generate_kwargs
         For ``generate()``.
 
@@ -1126,7 +1248,12 @@ def infer(model, processor, text, image, **generate_kwargs):
     if not isinstance(text, str | list | tuple):
         raise ValueError(f"question is a {type(text).__name__}: pass a str, or a list of them")
     questions = [text] if isinstance(text, str) else list(text)
-    images = list(image) if isinstance(image, list | tuple) else [image] * len(questions)
+    encoded = isinstance(image, BaseModelOutputWithPooling)
+    if encoded and not isinstance(model, NeuronBlipForQuestionAnswering):
+        raise ValueError("image is an encoded one, which only a compiled model takes: pass the picture")
+    images = list(image.last_hidden_state) if encoded else image
+    images = list(images) if isinstance(images, list | tuple) else [images]
+    images = images * len(questions) if len(images) == 1 and not isinstance(image, list | tuple) else images
     if len(images) != len(questions):
         raise ValueError(f"{len(images)} images for {len(questions)} questions: pass an image each, or one for all")
     if _setting(generate_kwargs, "num_return_sequences") not in (None, 1):
@@ -1145,6 +1272,11 @@ def infer(model, processor, text, image, **generate_kwargs):
     for start in range(0, len(questions), together):
         batch = slice(start, start + together)
         padded = processor.tokenizer.pad({"input_ids": token_ids[batch]}, padding_side="right", return_tensors="pt")
+        if encoded:
+            given = {"image": BaseModelOutputWithPooling(last_hidden_state=torch.stack(images[batch]))}
+            output = model.generate(padded.input_ids, attention_mask=padded.attention_mask, **given, **generate_kwargs)
+            answers += processor.batch_decode(output, skip_special_tokens=True)
+            continue
         # A picture that was in the batch before is not processed again; others are forgotten.
         pixels = {id(picture): pixels.get(id(picture)) for picture in images[batch]}
         for picture in images[batch]:
@@ -1238,3 +1370,247 @@ def trim(token_ids, sep_token_id):
     """
     token_ids = token_ids.tolist()
     return token_ids[: token_ids.index(sep_token_id) + 1] if sep_token_id in token_ids else token_ids
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 05  Cache the decoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class CachedTextEncoder(nn.Module):
+    """The question graph for a `CachedDecoder`: not the encoded question, but what each decoder layer makes of it.
+
+    The keys and values of the decoder's cross-attention depend on the question alone: they are computed here, once.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.encoder = NeuronTextEncoder(model.text_encoder)
+        self.heads = model.text_decoder.config.num_attention_heads
+        attentions = [layer.crossattention.self for layer in model.text_decoder.bert.encoder.layer]
+        self.projections = nn.ModuleList(project for layer in attentions for project in (layer.key, layer.value))
+
+    def forward(self, input_ids, attention_mask, encoder_hidden_states):
+        """As `NeuronTextEncoder`, but -> fp32 [B, 2 L, H, Q, D / H]: keys and values of layer 0, of layer 1 ..."""
+        features = self.encoder(input_ids, attention_mask, encoder_hidden_states)
+        return torch.stack([split_heads(project(features), self.heads) for project in self.projections], dim=1)
+
+
+class CachedDecoder(nn.Module):
+    """The answer graph with a memory: the last token of each row in, the logits of the next one out.
+
+    ``state`` holds, as Parameters of R rows, keys and values of the question for each of the L layers, the question's
+    mask, and keys and values of the answer so far, of fixed length A. On Neuron they stay on the device from call to
+    call (``input_output_aliases``). They are registered first: there, as in AWS's T5 tutorial, a traced module's
+    parameters begin with its state.
+    """
+
+    def __init__(self, model, shapes):
+        super().__init__()
+        config = model.config
+        heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+        question = [(shapes.rows, heads, shapes.longest_question, size)] * (2 * config.num_hidden_layers)
+        answer = [(shapes.rows, heads, shapes.answer_length, size)] * (2 * config.num_hidden_layers)
+        sizes = [*question, (shapes.rows, shapes.longest_question), *answer]
+        self.state = nn.ParameterList(nn.Parameter(torch.zeros(s), requires_grad=False) for s in sizes)
+        # The same weights, without those that a CachedTextEncoder has.
+        self.decoder = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+        for layer in self.decoder.bert.encoder.layer:
+            layer.crossattention.self.key = layer.crossattention.self.value = None
+
+    def forward(self, input_ids, position, beam_rows):
+        """input_ids int64 [R, 1], position int64 [1], beam_rows int64 [R] (the row that each row goes on from)
+        -> logits fp32 [R, 1, V], and the state
+
+        What lies beyond the position is replaced, not multiplied by 0: a NaN of an earlier call would survive that."""
+        layers = self.decoder.bert.encoder.layer
+        question, mask, answer = [*self.state][: 2 * len(layers)], self.state[2 * len(layers)], []
+        before = [*self.state][2 * len(layers) + 1 :]
+        slots = torch.arange(before[0].shape[2], device=input_ids.device)
+        here, earlier = (slots == position)[:, None], (slots < position)[:, None]
+        answer_mask = additive_mask((slots <= position).long()[None, None])
+        question_mask = additive_mask(mask[:, None])
+        hidden = self.decoder.bert.embeddings(input_ids=input_ids, position_ids=position[None])
+        for i, layer in enumerate(layers):
+            attention = layer.attention.self
+            for kept, project in zip(before[2 * i : 2 * i + 2], (attention.key, attention.value), strict=True):
+                kept = torch.where(earlier, kept.index_select(0, beam_rows), 0.0)
+                answer.append(torch.where(here, split_heads(project(hidden), kept.shape[1]), kept))
+            hidden = layer.attention.output(attend(attention, hidden, *answer[-2:], answer_mask), hidden)
+            across = layer.crossattention
+            hidden = across.output(attend(across.self, hidden, *question[2 * i : 2 * i + 2], question_mask), hidden)
+            hidden = layer.feed_forward_chunk(hidden)
+        return self.decoder.cls(hidden), *question, mask, *answer
+
+
+class GreedyDecoder(CachedDecoder):
+    """A `CachedDecoder` that chooses the token itself: ids instead of V logits a row leave the device."""
+
+    def forward(self, input_ids, position, beam_rows):
+        """As `CachedDecoder`, but -> the most likely token int64 [R, 1], and the state"""
+        logits, *state = super().forward(input_ids, position, beam_rows)
+        return logits.argmax(dim=-1), *state
+
+
+def split_heads(hidden, heads):
+    """[rows, length, D] -> [rows, H, length, D / H]"""
+    return hidden.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def attend(attention, hidden, keys, values, mask):
+    """One query a row against kept keys and values: [R, 1, D] -> [R, 1, D]"""
+    query = split_heads(attention.query(hidden), keys.shape[1])
+    scores = query @ keys.transpose(-1, -2) / attention.attention_head_size**0.5 + mask
+    return (scores.softmax(dim=-1) @ values).transpose(1, 2).flatten(2)
+
+
+class BeamRows(Cache):
+    """The cache that ``generate()`` sees: only which row each beam goes on from. Keys and values are in the graph."""
+
+    def __init__(self, rows):
+        super().__init__(layers=[])
+        self.rows = torch.arange(rows)
+
+    def reorder_cache(self, beam_idx):
+        self.rows = beam_idx
+
+
+class DecoderCachedGenerator(DecoderPaddedGenerator):
+    """Stands in for ``model.text_decoder`` as `DecoderPaddedGenerator` does, around a graph that keeps state.
+
+    There is one state: calls from several threads take turns.
+    """
+
+    def __init__(self, config, decoder, shapes, generation_config):
+        super().__init__(config, decoder, shapes, generation_config)
+        self._turn, self._answering = threading.RLock(), False
+
+    @torch.no_grad()
+    def generate(self, input_ids, **kwargs):
+        """As ``GenerationMixin.generate``; ``encoder_hidden_states`` is what `CachedTextEncoder` returned."""
+        with self._turn:
+            if self._answering:
+                raise RuntimeError(
+                    "generate() was called from inside generate(), whose state it would overwrite: load a model for "
+                    "each, with load_replicas()"
+                )
+            self._answering = True
+            try:
+                rows = len(input_ids) * _rows_per_question(kwargs, self.generation_config)
+                return super().generate(input_ids=input_ids, past_key_values=BeamRows(rows), **kwargs)
+            finally:
+                self._answering = False
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values, **kwargs):
+        """The last token of each row, int64 [rows, 1], and its position; what came before is in the graph."""
+        names = ("encoder_hidden_states", "encoder_attention_mask")
+        return {
+            "input_ids": input_ids[:, -1:],
+            "position": torch.tensor([input_ids.shape[1] - 1]),
+            "past_key_values": past_key_values,
+            **{name: kwargs[name] for name in names},
+        }
+
+    def forward(self, input_ids, position, past_key_values, encoder_hidden_states, encoder_attention_mask, **kwargs):
+        """As `CachedDecoder`, for any number of rows up to R. The first step writes the question into the state."""
+        rows, given = self.shapes.rows, len(input_ids)
+        if position == 0:
+            question = [*fill_rows(encoder_hidden_states, rows).unbind(1), fill_rows(encoder_attention_mask, rows)]
+            for state, value in zip(self.decoder.parameters(), question, strict=False):
+                state.copy_(value)
+        beam_rows = torch.cat([past_key_values.rows, torch.arange(given, rows)])
+        output = self.decoder(fill_rows(input_ids, rows), position, beam_rows)
+        past_key_values.rows = torch.arange(given)
+        return CausalLMOutputWithCrossAttentions(logits=output.logits[:given])
+
+
+class DecoderGreedyGenerator(DecoderCachedGenerator):
+    """Around a `GreedyDecoder`: Hugging Face's ``generate()`` with the loop below in place of its own."""
+
+    def generate(self, input_ids, **kwargs):
+        # transformers hands no streamer to a custom_generate, but arguments of other names.
+        streamer = kwargs.get("streamer")
+        return super().generate(input_ids, custom_generate=_take_the_chosen, chosen_to=streamer, **kwargs)
+
+
+def _take_the_chosen(
+    model, input_ids, logits_processor, stopping_criteria, generation_config, chosen_to=None, **kwargs
+):
+    """A loop for ``custom_generate`` around a graph that has chosen the token already."""
+    needs = [type(processor).__name__ for processor in logits_processor]
+    if generation_config.get_generation_mode() != GenerationMode.GREEDY_SEARCH:
+        needs.append(str(generation_config.get_generation_mode().value))
+    needs += [name for name in ("output_scores", "output_logits") if getattr(generation_config, name)]
+    if needs:
+        raise ValueError(
+            f"{', '.join(needs)}: that takes logits, and this decoder returns the chosen token alone: trace the model "
+            "with greedy=False"
+        )
+    unfinished = torch.ones(len(input_ids), dtype=torch.bool)
+    while unfinished.any():
+        chosen = model(**model.prepare_inputs_for_generation(input_ids, **kwargs)).logits[:, -1]
+        chosen = chosen.where(unfinished, generation_config.pad_token_id)
+        if chosen_to is not None:
+            chosen_to.put(chosen)
+        input_ids = torch.cat([input_ids, chosen[:, None]], dim=1)
+        unfinished = unfinished & ~stopping_criteria(input_ids, None)
+    if chosen_to is not None:
+        chosen_to.end()
+    if generation_config.return_dict_in_generate:
+        return GenerateDecoderOnlyOutput(sequences=input_ids)
+    return input_ids
+
+
+class ShortestQuestionGraph(nn.Module):
+    """Several question graphs as one of the longest's shapes: each call takes the shortest graph that fits."""
+
+    def __init__(self, graphs, shapes):
+        super().__init__()
+        self.graphs = nn.ModuleList(graphs.values())
+        self.lengths = shapes.question_lengths
+
+    def forward(self, input_ids, attention_mask, encoder_hidden_states):
+        """As `NeuronTextEncoder` or `CachedTextEncoder`; what is missing to the length Q is filled with zeros."""
+        tokens = attention_mask.sum(dim=1).max()
+        which = next(i for i, length in enumerate(self.lengths) if tokens <= length)
+        length = self.lengths[which]
+        inputs = input_ids[:, :length].contiguous(), attention_mask[:, :length].contiguous()
+        features = self.graphs[which](*inputs, encoder_hidden_states)
+        return F.pad(features, (0, 0, 0, self.lengths[-1] - length))
+
+
+def round_matrices(module, dtype=torch.bfloat16):
+    """A copy of `module` that multiplies with its weights in `dtype`: the stand-in for ``--auto-cast matmult``.
+
+    Linear and convolution layers have weights, inputs and outputs in `dtype`. Everything else stays fp32: embeddings,
+    norms, attention scores and softmax, sums of layers, and the vocabulary head with its logits.
+    """
+    module = copy.deepcopy(module)
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d) and not name.endswith("predictions.decoder"):
+            layer.to(dtype)
+            layer.register_forward_pre_hook(lambda layer, inputs: tuple(tensor.to(dtype) for tensor in inputs))
+            layer.register_forward_hook(lambda layer, inputs, output: output.float())
+    return module
+
+
+def load_replicas(directory, n):
+    """Load what `trace` left in `directory` n times, each copy with a state of its own; on Neuron one a NeuronCore."""
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise ValueError(f"n is {n!r}: give a whole number of at least 1")
+    if read_manifest(directory)["backend"] != "neuron":
+        return [NeuronBlipForQuestionAnswering.from_pretrained(directory) for _ in range(n)]
+    import torch_neuronx
+
+    replicas = []
+    for core in range(n):
+        with torch_neuronx.experimental.neuron_cores_context(start_nc=core, nc_count=1):
+            replicas.append(NeuronBlipForQuestionAnswering.from_pretrained(directory))
+    return replicas
+
+
+def count_flops(module, example_inputs):
+    """How many floating-point operations a call takes, each multiplication and addition one (PyTorch's counter)."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(*example_inputs)
+    return counter.get_total_flops()

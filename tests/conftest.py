@@ -90,9 +90,9 @@ def traced_directory(tiny, tmp_path_factory):
     return directory
 
 
-@pytest.fixture(scope="session")
-def compiled(traced_directory):
-    return blip_helpers.NeuronBlipForQuestionAnswering.from_pretrained(traced_directory)
+@pytest.fixture(scope="session", params=["padded", "cached"])
+def compiled(request, tiny, tmp_path_factory):
+    return blip_helpers.trace(tiny, tmp_path_factory.mktemp(request.param), TINY_SHAPES, decoder=request.param)
 
 
 @pytest.fixture

@@ -22,9 +22,16 @@ from conftest import (
 from torch import nn
 
 import blip_helpers
-from blip_helpers import BlipShapes, NeuronBlipForQuestionAnswering, read_manifest, trace
+from blip_helpers import (
+    BlipShapes,
+    CachedDecoder,
+    DecoderCachedGenerator,
+    NeuronBlipForQuestionAnswering,
+    read_manifest,
+    trace,
+)
 
-VISION, ENCODER, DECODER = PARTS = blip_helpers.PARTS
+VISION, ENCODER, DECODER = PARTS = ("vision_model", "text_encoder", "text_decoder")
 FILES = ["manifest.json", *sorted(f"{part}.pt" for part in PARTS)]
 QUESTIONS, PIXELS = make_questions([4, 9, 2]), make_pixels(3)
 
@@ -51,7 +58,7 @@ def reasons(capsys):
 @pytest.fixture
 def traced_before(traced_directory, monkeypatch):
     """Tracing takes long. Where model and shapes are those of the session, what was traced before is as good."""
-    parts = {"NeuronVisionModel": VISION, "NeuronTextEncoder": ENCODER, "PaddedDecoder": DECODER}
+    parts = {"NeuronVisionModel": VISION, "CachedTextEncoder": ENCODER, "CachedDecoder": DECODER}
 
     def load_instead(module, *args, **kwargs):
         return blip_helpers.load_traced(traced_directory / f"{parts[type(module).__name__]}.pt")
@@ -102,15 +109,16 @@ print(json.dumps(answers(NeuronBlipForQuestionAnswering.from_pretrained(sys.argv
 def test_the_manifest_says_what_the_artifact_is(artifact):
     manifest = json.loads((artifact / "manifest.json").read_text())
     assert manifest["shapes"] == dataclasses.asdict(TINY_SHAPES)
-    assert manifest["decoder"] == "padded" and manifest["backend"] == blip_helpers.default_backend()
+    assert manifest["decoder"] == "cached" and manifest["backend"] == blip_helpers.default_backend()
     assert list(manifest["parts"]) == list(PARTS)
     for part in manifest["parts"].values():
-        assert {"inputs", "weights", "sha256", "versions", "compiler_args"} <= set(part)
+        assert {"kind", "inputs", "state", "dtype", "weights", "sha256", "versions", "compiler_args"} <= set(part)
         assert part["versions"]["torch"] in torch.__version__
     rows, batch = TINY_SHAPES.rows, TINY_SHAPES.batch_size
     question, answer = TINY_SHAPES.question_length, TINY_SHAPES.answer_length
     assert manifest["parts"][ENCODER]["inputs"]["input_ids"] == f"int64 [{batch}, {question}]"
-    assert manifest["parts"][DECODER]["inputs"]["input_ids"] == f"int64 [{rows}, {answer}]"
+    assert manifest["parts"][DECODER]["inputs"]["input_ids"] == f"int64 [{rows}, 1]"
+    assert f"float32 [{rows}, 4, {answer}, 8]" in manifest["parts"][DECODER]["state"].values()
     assert manifest["parts"][VISION]["inputs"] == {"pixel_values": "float32 [1, 3, 32, 32]"}
 
 
@@ -177,7 +185,10 @@ def test_loading_draws_no_random_numbers(artifact):
 
 
 def test_an_artifact_holds_each_weight_once(tiny, compiled):
-    assert sum(p.numel() for p in compiled.parameters()) == sum(p.numel() for p in tiny.parameters())
+    cached = isinstance(compiled.text_decoder, DecoderCachedGenerator)
+    state = CachedDecoder(tiny.text_decoder, TINY_SHAPES).state if cached else []
+    held = [*compiled.parameters()]
+    assert sum(p.numel() for p in held) - sum(p.numel() for p in state) == sum(p.numel() for p in tiny.parameters())
 
 
 # What changes, is traced again, and nothing else
@@ -219,9 +230,9 @@ CHANGES = {
     "heads": (with_heads("text_config"), {ENCODER, DECODER}, "configuration"),
     "activation": (with_heads("vision_config"), {VISION}, "configuration"),
     "question_length": (with_shapes(question_length=9), {ENCODER, DECODER}, "int64 [3, 10], is int64 [3, 9]"),
-    "answer_length": (with_shapes(answer_length=9), {DECODER}, "[6, 8], is int64 [6, 9]"),
+    "answer_length": (with_shapes(answer_length=9), {DECODER}, "[6, 4, 8, 8], is float32 [6, 4, 9, 8]"),
     "batch_size": (with_shapes(batch_size=2), {ENCODER, DECODER}, "[3, 10], is int64 [2, 10]"),
-    "num_beams": (with_shapes(num_beams=1), {DECODER}, "[6, 8], is int64 [3, 8]"),
+    "num_beams": (with_shapes(num_beams=1), {DECODER}, "[6, 1], is int64 [3, 1]"),
     "rows split otherwise": (with_shapes(num_beams=3, batch_size=2), {ENCODER}, "[3, 10], is int64 [2, 10]"),
     "compiler_args": (lambda: (make_tiny_blip(), {"compiler_args": "--optlevel 3"}), set(PARTS), "--optlevel"),
 }

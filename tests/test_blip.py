@@ -53,7 +53,7 @@ def no_grad():
 @pytest.fixture(scope="module")
 def assembled(tiny):
     """The assembled model around parts that are not traced: for what has nothing to do with a trace."""
-    graphs = {name: module for name, (module, _) in parts_to_trace(tiny, TINY_SHAPES).items()}
+    graphs = {name: module for name, (module, _) in parts_to_trace(tiny, TINY_SHAPES, "padded").items()}
     return NeuronBlipForQuestionAnswering(tiny.config, graphs, TINY_SHAPES, tiny.text_decoder.generation_config)
 
 
@@ -186,7 +186,7 @@ def image_graph(tiny):
 
 @pytest.fixture(scope="module")
 def question_graph(tiny):
-    module, examples = parts_to_trace(tiny, TINY_SHAPES)["text_encoder"]
+    module, examples = parts_to_trace(tiny, TINY_SHAPES, "padded")["text_encoder"]
     return trace_module(module, examples)
 
 
@@ -247,7 +247,7 @@ def test_rows_of_the_question_graph_do_not_see_each_other(tiny, question_graph):
 
 @pytest.fixture(scope="module")
 def answer_graph(tiny):
-    module, examples = parts_to_trace(tiny, TINY_SHAPES)["text_decoder"]
+    module, examples = parts_to_trace(tiny, TINY_SHAPES, "padded")["text_decoder"]
     return trace_module(module, examples)
 
 
@@ -522,7 +522,7 @@ def test_a_limit_above_the_traced_one_is_a_value_error(compiled, limit):
 
 def test_the_shortest_traced_answer(tiny):
     shapes = BlipShapes(question_length=4, answer_length=2)
-    graphs = {name: module for name, (module, _) in parts_to_trace(tiny, shapes).items()}
+    graphs = {name: module for name, (module, _) in parts_to_trace(tiny, shapes, "padded").items()}
     short = NeuronBlipForQuestionAnswering(tiny.config, graphs, shapes, tiny.text_decoder.generation_config)
     questions, pixels = make_questions([4]), make_pixels(1)
     assert short.generate(questions[0], pixels).tolist() == answer_eagerly(tiny, questions, pixels, max_new_tokens=1)
@@ -546,7 +546,7 @@ def test_too_many_rows_are_a_value_error(compiled, questions, settings, needed):
 
 def test_beams_of_the_models_own_generation_config_count_as_rows(tiny):
     config = GenerationConfig(num_beams=4, pad_token_id=0)
-    graphs = {name: module for name, (module, _) in parts_to_trace(tiny, BlipShapes(1, 3, Q, A)).items()}
+    graphs = {name: module for name, (module, _) in parts_to_trace(tiny, BlipShapes(1, 3, Q, A), "padded").items()}
     model = NeuronBlipForQuestionAnswering(tiny.config, graphs, BlipShapes(1, 3, Q, A), config)
     with pytest.raises(ValueError, match=r"4 rows.*traced for 3"):
         model.generate(make_questions([4])[0], make_pixels(1))
@@ -638,7 +638,7 @@ def test_several_images_of_another_dtype_are_a_value_error(compiled, dtype):
         compiled.generate(ids, make_pixels(2).to(dtype), mask)
 
 
-@pytest.mark.parametrize("pixels", [None, np.zeros((1, 3, SIZE, SIZE)), [[0.0]]], ids=["None", "numpy", "list"])
+@pytest.mark.parametrize("pixels", [np.zeros((1, 3, SIZE, SIZE)), [[0.0]]], ids=["numpy", "list"])
 def test_pixels_that_are_no_tensor_are_a_value_error(compiled, pixels):
     with refused("pixel_values is a"):
         compiled.generate(make_questions([4])[0], pixels)
@@ -814,9 +814,9 @@ NO_PICTURES = {
 
 
 @pytest.mark.parametrize("picture", NO_PICTURES.values(), ids=NO_PICTURES)
-@pytest.mark.parametrize("which", ["compiled", "eager"])
-def test_what_is_no_picture_is_a_value_error(request, tiny, processor, picture, which):
-    model = request.getfixturevalue("compiled") if which == "compiled" else tiny
+@pytest.mark.parametrize("which", ["assembled", "tiny"])
+def test_what_is_no_picture_is_a_value_error(request, processor, picture, which):
+    model = request.getfixturevalue(which)
     with pytest.raises(ValueError, match="image"):
         infer(model, processor, QUESTIONS[0], picture, **LIMIT)
     with pytest.raises(ValueError, match="image"):

@@ -1,0 +1,522 @@
+"""Notebook 05: a decoder with a cache, encoded images, every way to generate, several question lengths, rounding."""
+
+import threading
+
+import pytest
+import torch
+from conftest import (
+    LAYER,
+    TINY_SHAPES,
+    WORDS,
+    answer_eagerly,
+    cut,
+    make_pixels,
+    make_questions,
+    make_tiny_blip,
+    pad,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import BlipConfig, BlipForQuestionAnswering, StoppingCriteria, TextStreamer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from blip_helpers import (
+    BlipShapes,
+    CachedDecoder,
+    NeuronBlipForQuestionAnswering,
+    acting_question_mask,
+    check_close,
+    count_flops,
+    infer,
+    load_replicas,
+    parts_to_trace,
+    read_manifest,
+    round_matrices,
+    trace,
+)
+from models.make_base import make_model
+
+SEP = WORDS.index("[SEP]")
+LIMIT = {"max_new_tokens": TINY_SHAPES.answer_length - 1}
+LENGTHS = [3, 9, 6, 10, 2, 5]
+
+
+def refused(message):
+    return pytest.raises(ValueError, match=message)
+
+
+def generate_eagerly(model, ids, mask, pixels, **generate_kwargs):
+    """Hugging Face's generate() for several padded questions, with a mask that acts in encoder and decoder."""
+    with acting_question_mask(model), torch.no_grad():
+        image_embeds = model.vision_model(pixels)[0]
+        features = model.text_encoder(ids, mask, encoder_hidden_states=image_embeds)[0]
+        return model.text_decoder.generate(
+            input_ids=torch.full((len(ids), 1), model.decoder_start_token_id),
+            eos_token_id=model.config.text_config.sep_token_id,
+            pad_token_id=model.config.text_config.pad_token_id,
+            encoder_hidden_states=features,
+            encoder_attention_mask=mask,
+            **LIMIT | generate_kwargs,
+        )
+
+
+@pytest.fixture(scope="module")
+def greedy(tiny, tmp_path_factory):
+    return trace(tiny, tmp_path_factory.mktemp("greedy"), TINY_SHAPES, greedy=True)
+
+
+@pytest.fixture(scope="module")
+def cached(traced_directory):
+    return NeuronBlipForQuestionAnswering.from_pretrained(traced_directory)
+
+
+# Every way to generate
+
+
+class StopAfterThree(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), input_ids.shape[1] == 4)
+
+
+WAYS = {
+    "greedy": (6, {}),
+    "two beams": (3, {"num_beams": 2}),
+    "three beams": (2, {"num_beams": 3}),
+    "four beams": (1, {"num_beams": 4}),
+    "five beams": (1, {"num_beams": 5}),
+    "beams, several returned": (2, {"num_beams": 3, "num_return_sequences": 2}),
+    "beams, early stopping": (2, {"num_beams": 3, "early_stopping": True}),
+    "beams, length penalty": (2, {"num_beams": 3, "length_penalty": 2.0}),
+    "sampling": (6, {"do_sample": True}),
+    "sampling, several returned": (2, {"do_sample": True, "num_return_sequences": 3}),
+    "sampling, top-k, top-p": (5, {"do_sample": True, "top_k": 9, "top_p": 0.9, "temperature": 2.0}),
+    "beam sampling": (3, {"do_sample": True, "num_beams": 2}),
+    "at least five tokens": (6, {"min_new_tokens": 5}),
+    "repetition penalty": (6, {"repetition_penalty": 1.7}),
+    "no repeated pairs": (6, {"no_repeat_ngram_size": 2}),
+    "stopping criteria": (6, {"stopping_criteria": [StopAfterThree()]}),
+    "beams, at least five": (3, {"num_beams": 2, "min_new_tokens": 5, "repetition_penalty": 1.3}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_generate_equals_eager(compiled, tiny, way):
+    questions, settings = WAYS[way]
+    settings = settings | {"return_dict_in_generate": True, "output_scores": True}
+    ids, mask = pad(make_questions(LENGTHS[:questions], seed=3))
+    pixels = make_pixels(questions, seed=4)
+    torch.manual_seed(5)
+    expected = generate_eagerly(tiny, ids, mask, pixels, **settings)
+    torch.manual_seed(5)
+    actual = compiled.generate(ids, pixels, mask, **settings)
+    assert actual.sequences.tolist() == expected.sequences.tolist()
+    assert len(actual.scores) == len(expected.scores)
+    for ours, theirs in zip(actual.scores, expected.scores, strict=True):
+        finite = theirs.isfinite() & (theirs > -1e8)  # beams that must not be chosen are at -1e9
+        torch.testing.assert_close(ours[finite], theirs[finite], atol=1e-4, rtol=0)
+
+
+class Recorder(TextStreamer):
+    def __init__(self):
+        self.heard, self.ended = [], False
+
+    def put(self, value):
+        self.heard += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+@pytest.mark.parametrize("kind", ["cached", "greedy"])
+def test_a_streamer_hears_every_token(request, kind):
+    (question,), recorder = make_questions([6]), Recorder()
+    answer = request.getfixturevalue(kind).generate(question, make_pixels(1), streamer=recorder)
+    assert recorder.heard == answer[0].tolist() and recorder.ended
+
+
+def test_ragged_questions_get_their_own_unpadded_answers(compiled, tiny):
+    questions, pixels = make_questions(LENGTHS, seed=7), make_pixels(6, seed=8)
+    ids, mask = pad(questions)
+    assert cut(compiled.generate(ids, pixels, mask)) == cut(answer_eagerly(tiny, questions, pixels, **LIMIT))
+
+
+# State
+
+
+def poison(model, value):
+    state = CachedDecoder(make_tiny_blip().text_decoder, TINY_SHAPES).state
+    with torch.no_grad():
+        for parameter, like in zip(list(model.text_decoder.decoder.parameters())[: len(state)], state, strict=True):
+            assert parameter.shape == like.shape
+            parameter.fill_(value)
+
+
+@pytest.mark.parametrize("kind", ["cached", "greedy"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30])
+def test_an_answer_depends_on_no_earlier_call(request, tiny, kind, value):
+    model, questions = request.getfixturevalue(kind), make_questions([5, 8], seed=9)
+    ids, mask = pad(questions)
+    poison(model, value)
+    actual = cut(model.generate(ids, make_pixels(2), mask))
+    assert actual == cut(answer_eagerly(tiny, questions, make_pixels(2), **LIMIT))
+
+
+def test_an_interrupted_answer_does_no_harm(cached, tiny):
+    class Interrupt(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            raise KeyboardInterrupt
+
+    (question,) = make_questions([5])
+    with pytest.raises(KeyboardInterrupt):
+        cached.generate(question, make_pixels(1), stopping_criteria=[Interrupt()])
+    assert cut(cached.generate(question, make_pixels(1))) == cut(
+        answer_eagerly(tiny, [question], make_pixels(1), **LIMIT)
+    )
+
+
+def test_the_state_holds_what_was_asked(cached, tiny):
+    """Keys of the answer so far in the first slots, nothing beyond."""
+    (question,) = make_questions([7])
+    answer = cached.generate(question, make_pixels(1), max_new_tokens=4, min_new_tokens=4)
+    layers = LAYER["num_hidden_layers"]
+    keys = list(cached.text_decoder.decoder.parameters())[2 * layers + 1][0]
+    assert answer.shape[1] == 5  # the last token was never fed back
+    assert (keys[:, :4].abs().sum(dim=(0, 2)) > 0).all() and not keys[:, 4:].any()
+
+
+def test_threads_take_turns(cached, tiny):
+    questions, pixels = make_questions([4, 9, 6, 2], seed=11), make_pixels(4, seed=12)
+    expected, actual = cut(answer_eagerly(tiny, questions, pixels, **LIMIT)), [None] * 4
+
+    def ask(i):
+        for _ in range(5):
+            (actual[i],) = cut(cached.generate(questions[i], pixels[i : i + 1]))
+            assert actual[i] == expected[i]
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert actual == expected
+
+
+def test_a_call_inside_a_call_is_an_error_that_names_replicas(cached):
+    class AskAgain(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            cached.generate(*make_questions([3]), make_pixels(1))
+
+    with pytest.raises(RuntimeError, match="load_replicas"):
+        cached.generate(*make_questions([5]), make_pixels(1), stopping_criteria=[AskAgain()])
+
+
+def test_replicas_have_states_of_their_own(traced_directory, tiny):
+    one, other = load_replicas(traced_directory, 2)
+    questions, pixels, second = make_questions([5, 5], seed=13), make_pixels(2), []
+
+    class AskTheOther(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            second.append(cut(other.generate(questions[1], pixels[1:]))[0])
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    first = cut(one.generate(questions[0], pixels[:1], stopping_criteria=[AskTheOther()]))[0]
+    expected = cut(answer_eagerly(tiny, questions, pixels, **LIMIT))
+    assert [first, *second] == [expected[0], *[expected[1]] * len(second)] and second
+
+
+@pytest.mark.parametrize("n", [0, -1, 1.5, True, None])
+def test_a_number_of_replicas_that_is_none_is_a_value_error(traced_directory, n):
+    with refused("n is"):
+        load_replicas(traced_directory, n)
+
+
+# Encoded images
+
+
+def test_an_encoded_image_answers_as_its_pixels(compiled):
+    ids, mask = pad(make_questions(LENGTHS, seed=14))
+    for images in (1, 6):
+        pixels = make_pixels(images, seed=15)
+        image = compiled.encode_image(pixels)
+        assert torch.equal(
+            compiled.generate(ids, image=image, attention_mask=mask), compiled.generate(ids, pixels, mask)
+        )
+
+
+def test_an_encoded_image_is_not_encoded_again(compiled, monkeypatch):
+    image = compiled.encode_image(make_pixels(1))
+    monkeypatch.setattr(compiled.vision_model, "forward", lambda *inputs: pytest.fail("encoded again"))
+    compiled.generate(*make_questions([4]), image=image)
+
+
+def test_infer_takes_an_encoded_image(compiled, processor):
+    from PIL import Image
+
+    pictures = [Image.new("RGB", (40, 30), colour) for colour in ("red", "navy")]
+    encoded = [compiled.encode_image(processor.image_processor(p, return_tensors="pt").pixel_values) for p in pictures]
+    questions = ["what is this ?", "how many dots are there ?"] * 5
+    assert infer(compiled, processor, questions, encoded[0]) == infer(compiled, processor, questions, pictures[0])
+    assert infer(compiled, processor, questions[0], encoded[1]) == infer(compiled, processor, questions[0], pictures[1])
+    both = BaseModelOutputWithPooling(last_hidden_state=torch.cat([e.last_hidden_state for e in encoded]))
+    assert infer(compiled, processor, questions[:2], both) == infer(compiled, processor, questions[:2], pictures)
+
+
+def test_an_image_of_the_wrong_kind_is_a_value_error(compiled, tiny, processor):
+    ids, mask = pad(make_questions([4, 5]))
+    pixels = make_pixels(2)
+    image = compiled.encode_image(pixels)
+    for arguments, message in (
+        ({"image": image, "pixel_values": pixels}, "not both"),
+        ({}, "not both"),
+        ({"image": pixels}, "encode_image"),
+        ({"image": compiled.encode_image(make_pixels(3))}, "3 images for 2 questions"),
+        ({"image": BaseModelOutputWithPooling(last_hidden_state=torch.zeros(1, 3, 32))}, "encoder_hidden_states"),
+        ({"image": BaseModelOutputWithPooling(last_hidden_state=torch.zeros(5, 32))}, "3 dimensions"),
+        ({"image": BaseModelOutputWithPooling(last_hidden_state=image[0].double())}, "float64"),
+    ):
+        with refused(message):
+            compiled.generate(ids, attention_mask=mask, **arguments)
+    with refused("pixel_values is"):
+        compiled.encode_image(pixels[0])
+    with refused("only a compiled model"):
+        infer(tiny, processor, "what is this ?", image)
+
+
+@pytest.fixture(scope="module")
+def full_size():
+    """The architecture of blip-vqa-base without its weights: operations can be counted all the same."""
+    with torch.device("meta"):
+        return make_model().eval()
+
+
+def test_a_further_question_costs_a_twentieth_of_the_first(full_size):
+    def flops(questions):
+        shapes = BlipShapes(batch_size=questions, question_length=16, answer_length=5)
+        with torch.device("meta"):
+            parts = parts_to_trace(full_size, shapes)
+            image, question, step = (count_flops(*parts[n]) for n in ("vision_model", "text_encoder", "text_decoder"))
+        return image + question + (shapes.answer_length - 1) * step
+
+    first, both = flops(1), flops(2)
+    assert first > 1e11 and both - first <= 0.05 * first
+
+
+@pytest.mark.parametrize("answer_length", [5, 20, 64])
+def test_a_decoded_token_costs_little_more_than_its_matrices(full_size, answer_length):
+    with torch.device("meta"):
+        decoder, inputs = parts_to_trace(full_size, BlipShapes(1, 1, 16, answer_length))["text_decoder"]
+        counted = count_flops(decoder, inputs)
+    matrices = sum(layer.weight.numel() for layer in decoder.modules() if isinstance(layer, torch.nn.Linear))
+    assert 2 * matrices <= counted <= 1.05 * 2 * matrices
+
+
+# Tokens chosen in the graph
+
+
+def test_tokens_chosen_in_the_graph_equal_eager(greedy, tiny):
+    questions, pixels = make_questions(LENGTHS, seed=16), make_pixels(6, seed=17)
+    ids, mask = pad(questions)
+    expected = generate_eagerly(tiny, ids, mask, pixels)
+    assert torch.equal(greedy.generate(ids, pixels, mask), expected)
+    output = greedy.generate(ids, pixels, mask, return_dict_in_generate=True)
+    assert torch.equal(output.sequences, expected)
+    limited = greedy.generate(ids, pixels, mask, max_new_tokens=2)
+    assert torch.equal(limited, generate_eagerly(tiny, ids, mask, pixels, max_new_tokens=2))
+    stopped = {"stopping_criteria": [StopAfterThree()]}
+    assert torch.equal(
+        greedy.generate(ids, pixels, mask, **stopped), generate_eagerly(tiny, ids, mask, pixels, **stopped)
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": True},
+        {"num_beams": 2},
+        {"repetition_penalty": 1.2},
+        {"min_new_tokens": 3},
+        {"output_scores": True, "return_dict_in_generate": True},
+        {"output_logits": True, "return_dict_in_generate": True},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"bad_words_ids": [[5]]},
+    ],
+    ids=str,
+)
+def test_what_needs_logits_is_a_value_error_that_names_the_remedy(greedy, settings):
+    with refused("greedy=False"):
+        greedy.generate(*make_questions([5]), make_pixels(1), **settings)
+
+
+# Several question lengths
+
+
+@pytest.fixture(scope="module", params=["padded", "cached"])
+def lengths(request, tiny, tmp_path_factory):
+    shapes = BlipShapes(batch_size=2, question_length=(10, 4, 6), answer_length=8)
+    return trace(tiny, tmp_path_factory.mktemp("lengths"), shapes, decoder=request.param)
+
+
+def test_the_shortest_question_graph_that_fits_is_used(lengths, tiny, monkeypatch):
+    used, graphs = [], lengths.text_encoder.graph.graphs
+    for length, graph in zip((4, 6, 10), graphs, strict=True):
+        call = graph.forward
+        monkeypatch.setattr(graph, "forward", lambda *i, call=call, length=length: used.append(length) or call(*i))
+    for tokens in range(1, 11):
+        questions, pixels = make_questions([tokens], seed=tokens), make_pixels(1)
+        answer = cut(lengths.generate(questions[0], pixels))
+        assert answer == cut(answer_eagerly(tiny, questions, pixels, max_new_tokens=7))
+    assert used == [4] * 4 + [6] * 2 + [10] * 4
+
+
+def test_ragged_questions_take_the_graph_of_the_longest(lengths, tiny):
+    questions, pixels = make_questions([2, 6], seed=18), make_pixels(1)
+    ids, mask = pad(questions)
+    expected = cut(answer_eagerly(tiny, questions, pixels.expand(2, -1, -1, -1), max_new_tokens=7))
+    assert cut(lengths.generate(ids, pixels, mask)) == expected
+
+
+def test_several_lengths_share_a_decoder(tiny, tmp_path, capsys):
+    trace(tiny, tmp_path, BlipShapes(question_length=10, answer_length=8))
+    manifest = trace(tiny, tmp_path, BlipShapes(question_length=(4, 10), answer_length=8)) and read_manifest(tmp_path)
+    assert sorted(manifest["parts"]) == ["text_decoder", "text_encoder_10", "text_encoder_4", "vision_model"]
+    said = capsys.readouterr().out.splitlines()[3:]
+    assert [line.split()[1] for line in said] == ["kept", "traced:", "traced:", "kept"]
+    with refused("text_encoder_4: text_encoder_4.pt is missing"):
+        (tmp_path / "text_encoder_4.pt").unlink()
+        NeuronBlipForQuestionAnswering.from_pretrained(tmp_path)
+
+
+def test_question_lengths_are_put_in_order():
+    assert BlipShapes(question_length=[16, 8, 16]) == BlipShapes(question_length=(8, 16))
+    assert BlipShapes(question_length=(8,)) == BlipShapes(question_length=8)
+    assert hash(BlipShapes(question_length=[8, 16])) == hash(BlipShapes(question_length=(16, 8)))
+
+
+@pytest.mark.parametrize("lengths", [(), (8, 0), (8, "16"), (8, None), [True], {8, 16}], ids=str)
+def test_question_lengths_that_are_none_are_a_value_error(lengths):
+    with refused("question_length is"):
+        BlipShapes(question_length=lengths)
+
+
+# Rounding
+
+
+@pytest.mark.parametrize("kind", ["padded", "cached"])
+def test_bf16_is_near_fp32_and_smaller(tiny, tmp_path, kind):
+    rounded = trace(tiny, tmp_path, TINY_SHAPES, decoder=kind, dtype=torch.bfloat16)
+    ids, mask = pad(make_questions(LENGTHS, seed=19))
+    scores = {"output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 1}
+    actual = rounded.generate(ids, make_pixels(6), mask, **scores).logits[0]
+    expected = generate_eagerly(tiny, ids, mask, make_pixels(6), **scores).logits[0]
+    difference = (actual - expected).abs().max()
+    assert actual.dtype == torch.float32 and 1e-4 < difference < 0.1 * expected.abs().max()
+    part = read_manifest(tmp_path)["parts"]["vision_model"]
+    assert part["dtype"] == "bfloat16"
+
+
+def test_bf16_rounds_matrices_and_nothing_else(tiny):
+    for module, inputs in parts_to_trace(tiny, TINY_SHAPES).values():
+        rounded = round_matrices(module)
+        for name, parameter in rounded.named_parameters():
+            layer = rounded.get_submodule(name.rpartition(".")[0])
+            matrix = isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) and "predictions.decoder" not in name
+            if "predictions.bias" not in name and "word_embeddings" not in name:
+                assert parameter.dtype == (torch.bfloat16 if matrix else torch.float32), name
+        output = rounded(*inputs)
+        assert (output[0] if isinstance(output, tuple) else output).dtype == torch.float32
+        assert all(parameter.dtype == torch.float32 for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": torch.float16}, "dtype is torch.float16"),
+        ({"dtype": "bfloat16"}, "dtype is 'bfloat16'"),
+        ({"dtype": torch.bfloat16, "compiler_args": "--optlevel 1"}, "not both"),
+        ({"decoder": "padded", "greedy": True}, "greedy=True"),
+        ({"decoder": "fast"}, "'cached' and 'padded'"),
+    ],
+)
+def test_arguments_of_trace_that_do_not_fit_are_value_errors(tiny, tmp_path, arguments, message):
+    with refused(message):
+        trace(tiny, tmp_path / "new", TINY_SHAPES, **arguments)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("change", [{"dtype": torch.bfloat16}, {"decoder": "padded"}, {"greedy": True}], ids=str)
+def test_another_kind_is_traced_again(tiny, artifact, capsys, change):
+    trace(tiny, artifact, TINY_SHAPES, **change)
+    said = capsys.readouterr().out
+    assert "traced: " in said and ("dtype was float32" in said or "it was a Cached" in said)
+
+
+# Any small model
+
+
+@st.composite
+def models(draw):
+    heads = draw(st.integers(1, 3))
+    layer = {
+        "hidden_size": 8 * heads * draw(st.integers(1, 2)),
+        "intermediate_size": draw(st.sampled_from([8, 24])),
+        "num_attention_heads": heads,
+    }
+    patch = draw(st.sampled_from([4, 8]))
+    vocabulary = draw(st.integers(8, 40))
+    config = BlipConfig(
+        text_config={
+            **layer,
+            "num_hidden_layers": draw(st.integers(1, 3)),
+            "encoder_hidden_size": layer["hidden_size"],
+            "vocab_size": vocabulary,
+            "max_position_embeddings": 16,
+            "bos_token_id": vocabulary - 1,
+            "eos_token_id": 2,
+            "sep_token_id": 2,
+            "pad_token_id": 0,
+        },
+        vision_config={
+            **layer,
+            "num_hidden_layers": draw(st.integers(1, 2)),
+            "image_size": patch * draw(st.integers(1, 3)),
+            "patch_size": patch,
+            "initializer_range": 0.5,
+        },
+    )
+    torch.manual_seed(draw(st.integers(0, 99)))
+    model = BlipForQuestionAnswering(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.copy_(torch.randn_like(weight) * weight[0].numel() ** -0.5)
+    return model
+
+
+@given(data=st.data(), model=models())
+def test_any_small_model_answers_alike(tmp_path_factory, data, model):
+    longest = data.draw(st.integers(1, 16), "question length")
+    shapes = BlipShapes(
+        batch_size=data.draw(st.integers(1, 3), "batch size"),
+        num_beams=data.draw(st.integers(1, 2), "beams"),
+        question_length=tuple({longest, max(1, longest // 2)}),
+        answer_length=data.draw(st.integers(2, 10), "answer length"),
+    )
+    count = data.draw(st.integers(1, shapes.rows), "questions")
+    lengths = data.draw(st.lists(st.integers(1, longest), min_size=count, max_size=count), "tokens")
+    vocabulary = model.config.text_config.vocab_size
+    questions = [torch.randint(3, vocabulary - 1, (1, length)) for length in lengths]
+    size = model.config.vision_config.image_size
+    pixels = torch.randn(count, 3, size, size)
+    ids, mask = pad(questions)
+    limit = {"max_new_tokens": shapes.answer_length - 1, "return_dict_in_generate": True, "output_logits": True}
+    alone = [model.generate(q, p[None], **limit) for q, p in zip(questions, pixels, strict=True)]
+    for decoder in ("padded", "cached"):
+        directory = tmp_path_factory.mktemp(decoder)
+        compiled = trace(model, directory, shapes, decoder=decoder)
+        for artifact in (compiled, NeuronBlipForQuestionAnswering.from_pretrained(directory)):
+            together = artifact.generate(ids, pixels, mask, **limit)
+            for row, expected in enumerate(alone):
+                tokens = expected.sequences.shape[1]
+                assert together.sequences[row, :tokens].tolist() == expected.sequences[0].tolist()
+                for step, logits in enumerate(expected.logits):
+                    check_close(together.logits[step][row : row + 1], logits, 1e-4)
