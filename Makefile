@@ -9,7 +9,7 @@ override BLIP_MODEL := $(or $(realpath $(BLIP_MODEL)),$(BLIP_MODEL))
 override RESNET_MODEL := $(or $(realpath $(RESNET_MODEL)),$(RESNET_MODEL))
 export BLIP_MODEL RESNET_MODEL
 
-.PHONY: help series test lab notebooks lint neuron clean
+.PHONY: help series test lab notebooks bench lint neuron clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +25,9 @@ lab: $(INSTALLED) ## open the notebooks in JupyterLab
 
 notebooks: $(INSTALLED) ## run the notebooks and, if all pass, store their outputs in them
 	@$(VENV_PYTHON) run_series.py --store
+
+bench: $(INSTALLED) ## time the compiled models beside eager, at full size (BENCH="--model tiny" for less)
+	@$(VENV_PYTHON) benchmarks/compare.py $(BENCH)
 
 lint: $(INSTALLED) ## check the style of all code, the notebooks' included
 	@$(VENV_PYTHON) -m ruff check

@@ -1,0 +1,253 @@
+"""Time the compiled models beside Hugging Face's eager one: ``python benchmarks/compare.py --model base``.
+
+Everything runs in one process, in turns: each round calls every contestant once, so that a machine that slows down
+slows all of them. CPU times of the stand-in; they say nothing about Neuron.
+"""
+
+import argparse
+import copy
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from tqdm import tqdm
+
+from blip_helpers import (
+    BlipShapes,
+    NeuronBlipForQuestionAnswering,
+    PaddedDecoder,
+    additive_mask,
+    load_blip,
+    parts_to_trace,
+    trace,
+    trace_module,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "benchmark"
+# Freed memory stays with the process: otherwise glibc gives large blocks back and asks for them again in every call.
+MALLOC = {"MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TOP_PAD_": str(64 * 2**20)}
+QUESTION_TOKENS, NEW_TOKENS, QUESTIONS = 8, 3, 8
+WORKS = {"one": "one question", "eight": f"{QUESTIONS} questions", "step": "a step"}
+LIMIT = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
+
+
+class ArticleDecoder(PaddedDecoder):
+    """The decoder of the article: the vocabulary head runs on all A positions, and one is taken afterwards."""
+
+    def forward(self, input_ids, encoder_hidden_states, encoder_attention_mask, attention_mask, position):
+        length = input_ids.shape[1]
+        causal = torch.ones(length, length, dtype=attention_mask.dtype).tril()
+        logits = self.decoder(
+            input_ids=input_ids,
+            attention_mask=additive_mask(causal * attention_mask[:, None, :]),
+            encoder_hidden_states=encoder_hidden_states,
+            use_cache=False,
+        ).logits
+        return torch.take_along_dim(logits, position.view(1, -1, 1), dim=1)
+
+
+def one_by_one(model, questions, pixels):
+    """Hugging Face's plain loop: the image again for every question."""
+    return torch.cat([model.generate(question[None], pixels, **LIMIT) for question in questions])
+
+
+def vision_once(model, questions, pixels):
+    """What a careful user writes by hand: the image once, the questions as a batch."""
+    image_embeds = model.vision_model(pixels)[0].expand(len(questions), -1, -1)
+    features = model.text_encoder(questions, torch.ones_like(questions), encoder_hidden_states=image_embeds)[0]
+    return model.text_decoder.generate(
+        torch.full((len(questions), 1), model.decoder_start_token_id),
+        eos_token_id=model.config.text_config.sep_token_id,
+        pad_token_id=model.config.text_config.pad_token_id,
+        encoder_hidden_states=features,
+        **LIMIT,
+    )
+
+
+def eager_step(model, questions, answer_length):
+    """A step of Hugging Face's decoder with its own cache half full, and what prepares it."""
+    config = model.config.text_config
+    features = torch.zeros(1, QUESTION_TOKENS, config.hidden_size, dtype=model.dtype)
+    start = torch.full((1, answer_length // 2), config.bos_token_id)
+    filled = model.text_decoder(start, encoder_hidden_states=features, use_cache=True).past_key_values
+    token = start[:, :1]
+    return (
+        lambda: copy.deepcopy(filled),
+        lambda cache: model.text_decoder(token, encoder_hidden_states=features, past_key_values=cache, use_cache=True),
+    )
+
+
+def contestants(model, name, arguments, pixels, questions):
+    """For each kind of work its contestants: ``{work: {name: (prepare, call)}}``; prepare is not timed."""
+    works = {work: {} for work in WORKS}
+    one, eight, step = works.values()
+
+    def add(work, contestant, call):
+        work[contestant] = (lambda: None, lambda _: call())
+
+    for dtype in arguments.dtypes:
+        short = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+        eager = model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
+        pictures = pixels.to(dtype)
+        add(one, f"HF eager {short}", lambda m=eager, p=pictures: one_by_one(m, questions[:1], p))
+        add(eight, f"HF eager {short}", lambda m=eager, p=pictures: one_by_one(m, questions, p))
+        add(eight, f"HF eager {short}, vision once", lambda m=eager, p=pictures: vision_once(m, questions, p))
+        step[f"HF eager {short}, its cache"] = eager_step(eager, questions, arguments.answer_length)
+        for kind in ("padded", "cached"):
+            for count, work in ((1, one), (QUESTIONS, eight)):
+                shapes = BlipShapes(count, 1, QUESTION_TOKENS, arguments.answer_length)
+                directory = BUILD / f"{name}-{kind}-{short}-{count}-{arguments.answer_length}"
+                compiled = trace(model, directory, shapes, decoder=kind, dtype=dtype)
+                asked = questions[:count]
+                add(work, f"{kind} {short}", lambda c=compiled, q=asked: c.generate(q, pixels, **LIMIT))
+                if count == 1:
+                    _, inputs = parts_to_trace(model, shapes, kind)["text_decoder"]
+                    add(step, f"{kind} {short}", lambda c=compiled, i=inputs: c.text_decoder.decoder.decoder(*i))
+                    if kind == "padded" and dtype == torch.float32:
+                        graph = trace_module(ArticleDecoder(model.text_decoder), inputs)
+                        whole = with_decoder(compiled, graph)
+                        add(step, "the article's fp32", lambda g=graph, i=inputs: g(*i))
+                        add(one, "the article's fp32", lambda w=whole: one_by_one(w, questions[:1], pixels))
+                        add(eight, "the article's fp32", lambda w=whole: one_by_one(w, questions, pixels))
+    return {WORKS[work]: works[work] for work in arguments.work}
+
+
+def with_decoder(compiled, graph):
+    """The same model around another padded decoder."""
+    graphs = {"vision_model": compiled.vision_model.graph, "text_encoder": compiled.text_encoder.graph}
+    generation_config = compiled.text_decoder.generation_config
+    return NeuronBlipForQuestionAnswering(
+        compiled.config, graphs | {"text_decoder": graph}, compiled.shapes, generation_config
+    )
+
+
+def measure(works, rounds):
+    """Seconds of every contestant in every round, after one round that is thrown away."""
+    times = {work: {name: [] for name in entries} for work, entries in works.items()}
+    for turn in tqdm(range(rounds + 1), desc="rounds, the first to warm up"):
+        for work, entries in works.items():
+            for name, (prepare, call) in entries.items():
+                given = prepare()
+                start = time.perf_counter()
+                call(given)
+                if turn:
+                    times[work][name].append(time.perf_counter() - start)
+    return times
+
+
+def machine():
+    """What the times depend on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = fields.get("flags", "").split()
+    return {
+        "processor": fields.get("model name") or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "bf16 instructions": [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags] or "none",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+        "tuned": MALLOC,
+    }
+
+
+def table(times):
+    """Median, quartiles in milliseconds, and how many times as fast as the work's first contestant."""
+    rows = []
+    for work, entries in times.items():
+        base = None
+        for name, seconds in entries.items():
+            low, middle, high = (1e3 * q for q in statistics.quantiles(seconds, n=4, method="inclusive"))
+            base = base or middle
+            rows.append(
+                {"work": work, "name": name, "median": middle, "low": low, "high": high, "ratio": base / middle}
+            )
+    return rows
+
+
+def plot(rows, path, title):
+    works = list(dict.fromkeys(row["work"] for row in rows))
+    figure, panels = plt.subplots(len(works), 1, figsize=(9, 1 + 0.28 * len(rows) + 0.7 * len(works)), squeeze=False)
+    for axes, work in zip(panels[:, 0], works, strict=True):
+        of_work = [row for row in rows if row["work"] == work]
+        middle = [row["median"] for row in of_work]
+        spread = [[r["median"] - r["low"] for r in of_work], [r["high"] - r["median"] for r in of_work]]
+        axes.barh([row["name"] for row in of_work], middle, xerr=spread, color="0.75", edgecolor="black", capsize=3)
+        axes.invert_yaxis()
+        axes.set(title=work, xlabel="milliseconds (CPU), median and quartiles")
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def read_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="base", help="tiny, base (random weights, full size) or a directory")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--answer-length", type=int, default=20, help="A, the start token counts (20)")
+    parser.add_argument("--rounds", type=int, default=9, help="at least 7 (9)")
+    parser.add_argument("--dtypes", default="fp32,bf16", help="fp32, bf16 or both")
+    parser.add_argument("--work", default="one,eight,step", help="any of one,eight,step")
+    arguments = parser.parse_args()
+    known = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if arguments.rounds < 7:
+        parser.error(f"--rounds is {arguments.rounds}: quartiles need at least 7")
+    if not set(arguments.dtypes.split(",")) <= set(known):
+        parser.error(f"--dtypes is {arguments.dtypes}: pass fp32, bf16 or fp32,bf16")
+    if not set(arguments.work.split(",")) <= set(WORKS):
+        parser.error(f"--work is {arguments.work}: pass any of one,eight,step")
+    if arguments.answer_length < NEW_TOKENS + 1:
+        parser.error(f"--answer-length is {arguments.answer_length}: {NEW_TOKENS} new tokens need {NEW_TOKENS + 1}")
+    arguments.dtypes = [known[short] for short in arguments.dtypes.split(",")]
+    arguments.work = arguments.work.split(",")
+    return arguments
+
+
+def main():
+    arguments = read_arguments()
+    if any(name not in os.environ for name in MALLOC):  # glibc reads them when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], MALLOC | os.environ)
+    torch.set_num_threads(arguments.threads)
+    torch.set_grad_enabled(False)
+    torch.manual_seed(0)
+    BUILD.mkdir(parents=True, exist_ok=True)
+    if arguments.model == "base":
+        from models.make_base import make_model
+
+        model, name = make_model().eval(), "base"
+    else:
+        model, _ = load_blip(None if arguments.model == "tiny" else arguments.model)
+        name = Path(arguments.model).name
+    config = model.config
+    pixels = torch.randn(1, 3, config.vision_config.image_size, config.vision_config.image_size)
+    questions = torch.randint(5, config.text_config.vocab_size - 5, (QUESTIONS, QUESTION_TOKENS))
+    works = contestants(model, name, arguments, pixels, questions)
+    rows = table(measure(works, arguments.rounds))
+
+    print(f"\n{'work':<14}{'contestant':<30}{'median':>10}{'quartiles':>20}{'times as fast':>15}")
+    for row in rows:
+        quartiles = f"{row['low']:.1f} to {row['high']:.1f}"
+        print(f"{row['work']:<14}{row['name']:<30}{row['median']:>7.1f} ms{quartiles:>20}{row['ratio']:>14.2f}x")
+    said = {"model": name, "threads": arguments.threads, "answer_length": arguments.answer_length, **machine()}
+    for key, value in said.items():
+        print(f"{key}: {value}")
+    stem = BUILD / f"{name}-{arguments.answer_length}"
+    stem.with_suffix(".json").write_text(json.dumps({"machine": said, "rows": rows}, indent=1))
+    plot(rows, stem.with_suffix(".png"), f"{name}, A = {arguments.answer_length}, {arguments.threads} threads")
+    print(f"written: {stem.relative_to(ROOT)}.json and .png")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted: no times were written")
