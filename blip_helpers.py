@@ -865,26 +865,30 @@ class NeuronBlipForQuestionAnswering(BlipForQuestionAnswering):
         if (pixel_values is None) == (image is None):
             raise ValueError("pass either pixel_values or image, what encode_image made of them, and not both")
         generate_kwargs = self._with_limit(generate_kwargs)
-        pictures = self._check_image(pixel_values) if image is None else self._check_encoded(image)
-        self._check_questions(input_ids, len(pictures), generate_kwargs)
-        text_config, questions = self.config.text_config, len(input_ids)
-        input_ids, attention_mask = pad_question(
-            input_ids, attention_mask, self.shapes.longest_question, text_config.pad_token_id
-        )
-        features = [None] * questions
-        for picture, rows in _rows_by_image(pictures, questions):
-            image_embeds = picture if image is not None else self.vision_model(picture, interpolate_pos_encoding)[0]
-            of_picture = self.text_encoder(input_ids[rows], attention_mask[rows], image_embeds)[0]
-            for row, feature in zip(rows, of_picture, strict=True):
-                features[row] = feature
+        images = self._check_image(pixel_values) if image is None else self._check_encoded(image)
+        self._check_questions(input_ids, len(images), generate_kwargs)
+        encode = self.vision_model if image is None else None
+        features, mask = self._encode_questions(input_ids, attention_mask, images, encode, interpolate_pos_encoding)
         return self.text_decoder.generate(
-            input_ids=torch.full((questions, 1), self.decoder_start_token_id),
-            eos_token_id=text_config.sep_token_id,
-            pad_token_id=text_config.pad_token_id,
-            encoder_hidden_states=torch.stack(features),
-            encoder_attention_mask=attention_mask,
+            input_ids=torch.full((len(input_ids), 1), self.decoder_start_token_id),
+            eos_token_id=self.config.text_config.sep_token_id,
+            pad_token_id=self.config.text_config.pad_token_id,
+            encoder_hidden_states=features,
+            encoder_attention_mask=mask,
             **generate_kwargs,
         )
+
+    def _encode_questions(self, input_ids, attention_mask, images, encode, interpolate_pos_encoding):
+        """What the question graph makes of each question about its image, and the padded mask, int64 [questions, Q]."""
+        length, pad_token_id = self.shapes.longest_question, self.config.text_config.pad_token_id
+        input_ids, attention_mask = pad_question(input_ids, attention_mask, length, pad_token_id)
+        features = [None] * len(input_ids)
+        for image, rows in _rows_by_image(images, len(input_ids)):
+            image_embeds = encode(image, interpolate_pos_encoding)[0] if encode else image
+            of_image = self.text_encoder(input_ids[rows], attention_mask[rows], image_embeds)[0]
+            for row, feature in zip(rows, of_image, strict=True):
+                features[row] = feature
+        return torch.stack(features), attention_mask
 
     def _with_limit(self, generate_kwargs):
         """The same arguments with an explicit limit of new tokens, which is no more than A - 1."""
