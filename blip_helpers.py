@@ -640,7 +640,8 @@ def pad_question(input_ids, attention_mask, question_length, pad_token_id=0):
     """
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-    if input_ids.dim() != 2 or attention_mask.shape != input_ids.shape:
+    tensors = isinstance(input_ids, torch.Tensor) and isinstance(attention_mask, torch.Tensor)
+    if not tensors or input_ids.dim() != 2 or attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"input_ids is {_describe(input_ids)} and attention_mask {_describe(attention_mask)}: both have to be "
             "[questions, tokens]"
@@ -759,7 +760,8 @@ class NeuronBlipForQuestionAnswering(BlipForQuestionAnswering):
     ----------
     config : BlipConfig
     graphs : dict of str to nn.Module
-        By the names of `parts_to_trace`: traced, or the modules that are traced.
+        By the names of `parts_to_trace`: traced, or the modules that are traced (which keep no state: a cached decoder
+        has to be traced).
     shapes : BlipShapes
     generation_config : GenerationConfig
         That of the text decoder.
@@ -819,6 +821,10 @@ class NeuronBlipForQuestionAnswering(BlipForQuestionAnswering):
             _decoders()[manifest["decoder"]][1],
         )
 
+    def forward(self, *args, **kwargs):
+        """Not compiled: what ``forward`` of the original computes is a loss, for training."""
+        raise NotImplementedError("a compiled model answers with generate(); train the original")
+
     @torch.no_grad()
     def encode_image(self, pixel_values):
         """Run the image graph, once for any number of questions asked later.
@@ -860,15 +866,18 @@ class NeuronBlipForQuestionAnswering(BlipForQuestionAnswering):
         Raises
         ------
         ValueError
-            If a question, the batch or the limit is larger than what was traced, or a token is not in the vocabulary.
+            If a question, the batch or the limit is larger than what was traced, a token is not in the vocabulary, or
+            an argument is nothing that a compiled model can do.
         """
         if (pixel_values is None) == (image is None):
             raise ValueError("pass either pixel_values or image, what encode_image made of them, and not both")
+        self._check_arguments(generate_kwargs)
         generate_kwargs = self._with_limit(generate_kwargs)
+        if interpolate_pos_encoding:
+            raise ValueError("interpolate_pos_encoding is True; the image graph has one image size: resize the picture")
         images = self._check_image(pixel_values) if image is None else self._check_encoded(image)
         self._check_questions(input_ids, len(images), generate_kwargs)
-        encode = self.vision_model if image is None else None
-        features, mask = self._encode_questions(input_ids, attention_mask, images, encode, interpolate_pos_encoding)
+        features, mask = self._encode_questions(input_ids, attention_mask, images, encoded=image is not None)
         return self.text_decoder.generate(
             input_ids=torch.full((len(input_ids), 1), self.decoder_start_token_id),
             eos_token_id=self.config.text_config.sep_token_id,
@@ -878,13 +887,13 @@ class NeuronBlipForQuestionAnswering(BlipForQuestionAnswering):
             **generate_kwargs,
         )
 
-    def _encode_questions(self, input_ids, attention_mask, images, encode, interpolate_pos_encoding):
+    def _encode_questions(self, input_ids, attention_mask, images, encoded):
         """What the question graph makes of each question about its image, and the padded mask, int64 [questions, Q]."""
         length, pad_token_id = self.shapes.longest_question, self.config.text_config.pad_token_id
         input_ids, attention_mask = pad_question(input_ids, attention_mask, length, pad_token_id)
         features = [None] * len(input_ids)
         for image, rows in _rows_by_image(images, len(input_ids)):
-            image_embeds = encode(image, interpolate_pos_encoding)[0] if encode else image
+            image_embeds = image if encoded else self.vision_model(image)[0]
             of_image = self.text_encoder(input_ids[rows], attention_mask[rows], image_embeds)[0]
             for row, feature in zip(rows, of_image, strict=True):
                 features[row] = feature
@@ -892,16 +901,26 @@ class NeuronBlipForQuestionAnswering(BlipForQuestionAnswering):
 
     def _with_limit(self, generate_kwargs):
         """The same arguments with an explicit limit of new tokens, which is no more than A - 1."""
-        given = _setting(generate_kwargs, "max_new_tokens")
-        if given is None and _setting(generate_kwargs, "max_length") is not None:
-            given = _setting(generate_kwargs, "max_length") - 1  # of which one is the start token
         most = self.shapes.answer_length - 1
-        if given is not None and given > most:
-            raise ValueError(
-                f"the answer may have {given} new tokens; this model was traced for {most}: ask for max_new_tokens <= "
-                f"{most}, or trace it with answer_length >= {given + 1}"
-            )
-        return generate_kwargs if given is not None else {**generate_kwargs, "max_new_tokens": most}
+        limits = []
+        for of_the_model in (None, self.text_decoder.generation_config):
+            new = _setting("max_new_tokens", generate_kwargs, of_the_model)
+            length = _setting("max_length", generate_kwargs, of_the_model)  # of which one is the start token
+            limits += [] if new is None else [_count("max_new_tokens", new)]
+            limits += [] if length is None else [_count("max_length", length) - 1]
+            if of_the_model is None and limits and limits[0] > most:
+                raise ValueError(
+                    f"the answer may have {limits[0]} new tokens; this model was traced for {most}: ask for "
+                    f"max_new_tokens <= {most}, or trace it with answer_length >= {limits[0] + 1}"
+                )
+        limit = min(limits[0], most) if limits else most
+        return {k: v for k, v in generate_kwargs.items() if k != "max_length"} | {"max_new_tokens": limit}
+
+    def _check_arguments(self, generate_kwargs):
+        for name in _NOT_COMPILED:
+            value = _setting(name, generate_kwargs, self.text_decoder.generation_config)
+            if value is not None and value is not False and not (name == "guidance_scale" and value == 1):
+                raise ValueError(f"{name} is nothing that a compiled model can do: leave it out, or ask the original")
 
     def _check_image(self, pixel_values):
         _check_dimensions("pixel_values", pixel_values, 4)
@@ -914,6 +933,8 @@ class NeuronBlipForQuestionAnswering(BlipForQuestionAnswering):
         if image_embeds is None:
             raise ValueError(f"image is {_describe(image)}: pass what encode_image returns, or pixel_values")
         _check_dimensions("image", image_embeds, 3)
+        if image_embeds.dtype != torch.float32:
+            raise ValueError(f"image is {_describe(image_embeds)}; the graph was traced for float32: pass that")
         return image_embeds
 
     def _check_questions(self, input_ids, images, generate_kwargs):
@@ -939,17 +960,37 @@ def _check_dimensions(name, tensor, dims):
         raise ValueError(f"{name} is {_describe(tensor)}: pass a tensor of {dims} dimensions, as the processor")
 
 
-def _setting(generate_kwargs, name):
-    """An argument of generate(), given by keyword or in a generation_config; None where it is neither."""
-    value = generate_kwargs.get(name)
-    return getattr(generate_kwargs.get("generation_config"), name, None) if value is None else value
+def _setting(name, generate_kwargs, of_the_model):
+    """An argument of generate(): by keyword, else in a generation_config, else the model's own; None if nowhere."""
+    given = (generate_kwargs.get("generation_config"), of_the_model)
+    values = [generate_kwargs.get(name), *(getattr(config, name, None) for config in given)]
+    return next((value for value in values if value is not None), None)
+
+
+def _count(name, value):
+    """`value`, which has to be a whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {value!r}: give a whole number of at least 1")
+    return value
 
 
 def _rows_per_question(generate_kwargs, of_the_model):
-    """Rows that a question takes, as its arguments say or else the generation_config of the model."""
-    if generate_kwargs.get("generation_config") is None:
-        generate_kwargs = generate_kwargs | {"generation_config": of_the_model}
-    return max(_setting(generate_kwargs, "num_beams") or 1, _setting(generate_kwargs, "num_return_sequences") or 1)
+    """Rows that a question takes."""
+    given = {name: _setting(name, generate_kwargs, of_the_model) for name in ("num_beams", "num_return_sequences")}
+    return max(1 if value is None else _count(name, value) for name, value in given.items())
+
+
+# What generate() of the original can do and these graphs can't: they return logits alone, and keep their own cache.
+_NOT_COMPILED = (
+    "assistant_model",
+    "custom_generate",
+    "guidance_scale",
+    "inputs_embeds",
+    "output_attentions",
+    "output_hidden_states",
+    "past_key_values",
+    "prompt_lookup_num_tokens",
+)
 
 
 def _rows_by_image(images, questions):
@@ -988,6 +1029,8 @@ def parts_to_trace(model, shapes, decoder="cached"):
     The example masks are ragged: no value of theirs may end up in a graph, and a mask of ones is the likeliest to.
     `decoder` is ``"padded"``, ``"cached"`` or ``"greedy"``, a cached one that chooses the token itself.
     """
+    if decoder not in _decoders():
+        raise ValueError(f"decoder is {decoder!r}; there are {', '.join(_decoders())}")
     text, vision = model.config.text_config, model.config.vision_config
     pixel_values = torch.zeros(1, 3, vision.image_size, vision.image_size)
     parts = {"vision_model": (NeuronVisionModel(model.vision_model), (pixel_values,))}
@@ -1063,8 +1106,13 @@ def trace(
         raise ValueError(f"dtype is {dtype!r}; there are torch.float32 and torch.bfloat16")
     if dtype == torch.bfloat16 and compiler_args is not None:
         raise ValueError("dtype=torch.bfloat16 chooses the compiler's flags: pass it or compiler_args, not both")
-    if not isinstance(model, BlipForQuestionAnswering):
-        raise ValueError(f"model is a {type(model).__name__}: pass a BlipForQuestionAnswering")
+    if not isinstance(model, BlipForQuestionAnswering) or isinstance(model, NeuronBlipForQuestionAnswering):
+        raise ValueError(f"model is a {type(model).__name__}: pass a BlipForQuestionAnswering that is not compiled")
+    if model.decoder_start_token_id != model.config.text_config.bos_token_id:
+        raise ValueError(
+            f"decoder_start_token_id is {model.decoder_start_token_id}, bos_token_id of the text_config "
+            f"{model.config.text_config.bos_token_id}: a compiled model starts with the latter, set both"
+        )
     if not isinstance(shapes, BlipShapes):
         raise ValueError(f"shapes is a {type(shapes).__name__}: pass BlipShapes(...)")
     if any(module.training for module in model.modules()):
@@ -1255,19 +1303,21 @@ def infer(model, processor, text, image, **generate_kwargs):
     encoded = isinstance(image, BaseModelOutputWithPooling)
     if encoded and not isinstance(model, NeuronBlipForQuestionAnswering):
         raise ValueError("image is an encoded one, which only a compiled model takes: pass the picture")
-    images = list(image.last_hidden_state) if encoded else image
+    images = list(model._check_encoded(image)) if encoded else image
     images = list(images) if isinstance(images, list | tuple) else [images]
     images = images * len(questions) if len(images) == 1 and not isinstance(image, list | tuple) else images
     if len(images) != len(questions):
         raise ValueError(f"{len(images)} images for {len(questions)} questions: pass an image each, or one for all")
-    if _setting(generate_kwargs, "num_return_sequences") not in (None, 1):
+    own = model.text_decoder.generation_config
+    if _setting("num_return_sequences", generate_kwargs, own) not in (None, 1):
         raise ValueError("infer gives one answer a question: call model.generate() for num_return_sequences > 1")
+    if _setting("return_dict_in_generate", generate_kwargs, own):
+        raise ValueError("infer gives texts: call model.generate() for return_dict_in_generate")
     token_ids = [_question_tokens(processor, question) for question in questions]
     together = 1
     if isinstance(model, NeuronBlipForQuestionAnswering):
-        each = _rows_per_question(generate_kwargs, model.text_decoder.generation_config)
-        together = max(1, model.shapes.rows // each)
-        if len(questions) > together and _setting(generate_kwargs, "do_sample"):
+        together = max(1, model.shapes.rows // _rows_per_question(generate_kwargs, own))
+        if len(questions) > together and _setting("do_sample", generate_kwargs, own):
             raise ValueError(
                 f"{len(questions)} questions are more than the {together} that fit into one call, and sampling in "
                 "several calls would draw other random numbers: pass fewer, or trace a larger batch_size"
@@ -1482,7 +1532,8 @@ class BeamRows(Cache):
 class DecoderCachedGenerator(DecoderPaddedGenerator):
     """Stands in for ``model.text_decoder`` as `DecoderPaddedGenerator` does, around a graph that keeps state.
 
-    There is one state: calls from several threads take turns.
+    There is one state: calls from several threads take turns, and a call made while this one waits for it never ends.
+    A copy for each is what `load_replicas` makes. `decoder` is a traced `CachedDecoder`.
     """
 
     def __init__(self, config, decoder, shapes, generation_config):
@@ -1491,7 +1542,21 @@ class DecoderCachedGenerator(DecoderPaddedGenerator):
 
     @torch.no_grad()
     def generate(self, input_ids, **kwargs):
-        """As ``GenerationMixin.generate``; ``encoder_hidden_states`` is what `CachedTextEncoder` returned."""
+        """As ``GenerationMixin.generate`` from a start token, int64 [rows, 1]; ``encoder_hidden_states`` is what
+        `CachedTextEncoder` returned.
+
+        Raises
+        ------
+        ValueError
+            If the answer is to begin with more than a start token.
+        RuntimeError
+            In a call from inside a call.
+        """
+        if input_ids.shape[1] != 1:
+            raise ValueError(
+                f"input_ids has {input_ids.shape[1]} tokens; a cached decoder begins with one, the start token: trace "
+                "the model with decoder='padded' to go on from more"
+            )
         with self._turn:
             if self._answering:
                 raise RuntimeError(
@@ -1532,6 +1597,7 @@ class DecoderGreedyGenerator(DecoderCachedGenerator):
     """Around a `GreedyDecoder`: Hugging Face's ``generate()`` with the loop below in place of its own."""
 
     def generate(self, input_ids, **kwargs):
+        """As `DecoderCachedGenerator.generate`; what needs logits is a `ValueError`."""
         # transformers hands no streamer to a custom_generate, but arguments of other names.
         streamer = kwargs.get("streamer")
         return super().generate(input_ids, custom_generate=_take_the_chosen, chosen_to=streamer, **kwargs)
@@ -1587,7 +1653,8 @@ def round_matrices(module, dtype=torch.bfloat16):
     """A copy of `module` that multiplies with its weights in `dtype`: the stand-in for ``--auto-cast matmult``.
 
     Linear and convolution layers have weights, inputs and outputs in `dtype`. Everything else stays fp32: embeddings,
-    norms, attention scores and softmax, sums of layers, and the vocabulary head with its logits.
+    norms, attention scores and softmax, sums of layers, and the vocabulary head with its logits. neuronx-cc casts more:
+    the products inside attention and that of the head are matrix products too.
     """
     module = copy.deepcopy(module)
     for name, layer in module.named_modules():
@@ -1600,9 +1667,8 @@ def round_matrices(module, dtype=torch.bfloat16):
 
 def load_replicas(directory, n):
     """Load what `trace` left in `directory` n times, each copy with a state of its own; on Neuron one a NeuronCore."""
-    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-        raise ValueError(f"n is {n!r}: give a whole number of at least 1")
-    if read_manifest(directory)["backend"] != "neuron":
+    _count("n", n)
+    if _known_backend(read_manifest(directory)["backend"]) != "neuron":
         return [NeuronBlipForQuestionAnswering.from_pretrained(directory) for _ in range(n)]
     import torch_neuronx
 
@@ -1614,7 +1680,11 @@ def load_replicas(directory, n):
 
 
 def count_flops(module, example_inputs):
-    """How many floating-point operations a call takes, each multiplication and addition one (PyTorch's counter)."""
+    """Floating-point operations of a call's matrix products and convolutions, a multiplication and an addition each.
+
+    By ``torch.utils.flop_counter``, which leaves out all else (norms, softmax, sums). On the ``meta`` device nothing is
+    computed.
+    """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(*example_inputs)
     return counter.get_total_flops()

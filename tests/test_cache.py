@@ -1,6 +1,6 @@
 """Notebook 05: a decoder with a cache, encoded images, every way to generate, several question lengths, rounding."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from conftest import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import BlipConfig, BlipForQuestionAnswering, StoppingCriteria, TextStreamer
+from transformers import BlipConfig, BlipForQuestionAnswering, GenerationConfig, StoppingCriteria, TextStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from blip_helpers import (
@@ -186,28 +186,25 @@ def test_the_state_holds_what_was_asked(cached, tiny):
 
 def test_threads_take_turns(cached, tiny):
     questions, pixels = make_questions([4, 9, 6, 2], seed=11), make_pixels(4, seed=12)
-    expected, actual = cut(answer_eagerly(tiny, questions, pixels, **LIMIT)), [None] * 4
+    expected = cut(answer_eagerly(tiny, questions, pixels, **LIMIT))
 
     def ask(i):
-        for _ in range(5):
-            (actual[i],) = cut(cached.generate(questions[i], pixels[i : i + 1]))
-            assert actual[i] == expected[i]
+        return [cut(cached.generate(questions[i], pixels[i : i + 1]))[0] for _ in range(5)]
 
-    threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert actual == expected
+    with ThreadPoolExecutor(4) as pool:
+        assert [*pool.map(ask, range(4))] == [[answer] * 5 for answer in expected]
 
 
-def test_a_call_inside_a_call_is_an_error_that_names_replicas(cached):
+def test_a_call_inside_a_call_is_an_error_that_names_replicas(cached, tiny):
     class AskAgain(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
             cached.generate(*make_questions([3]), make_pixels(1))
 
     with pytest.raises(RuntimeError, match="load_replicas"):
         cached.generate(*make_questions([5]), make_pixels(1), stopping_criteria=[AskAgain()])
+    questions = make_questions([5])
+    answer = cut(cached.generate(questions[0], make_pixels(1)))
+    assert answer == cut(answer_eagerly(tiny, questions, make_pixels(1), **LIMIT))
 
 
 def test_replicas_have_states_of_their_own(traced_directory, tiny):
@@ -228,6 +225,126 @@ def test_replicas_have_states_of_their_own(traced_directory, tiny):
 def test_a_number_of_replicas_that_is_none_is_a_value_error(traced_directory, n):
     with refused("n is"):
         load_replicas(traced_directory, n)
+
+
+def test_an_answer_that_begins_with_more_than_a_start_token_is_a_value_error(cached):
+    features = torch.zeros(1, 4, 4, TINY_SHAPES.question_length, 8)
+    with refused("input_ids has 3 tokens.*decoder='padded'"):
+        cached.text_decoder.generate(torch.tensor([[48, 5, 6]]), encoder_hidden_states=features)
+
+
+# Settings of the model's own
+
+
+@pytest.fixture
+def own_settings(compiled, monkeypatch):
+    """A compiled model whose text decoder has generation settings of its own."""
+
+    def with_settings(**settings):
+        values = compiled.text_decoder.generation_config.to_dict() | settings
+        monkeypatch.setattr(compiled.text_decoder, "generation_config", GenerationConfig.from_dict(values))
+        return compiled
+
+    return with_settings
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "tokens"),
+    [
+        ({"max_new_tokens": 15}, {"max_length": 5}, 4),
+        ({"max_new_tokens": 15}, {"generation_config": GenerationConfig(max_length=5)}, 4),
+        ({"max_new_tokens": 15}, {}, TINY_SHAPES.answer_length - 1),
+        ({"max_length": 20}, {}, TINY_SHAPES.answer_length - 1),
+        ({"max_new_tokens": 3}, {}, 3),
+        ({"max_new_tokens": 3}, {"max_new_tokens": 5}, 5),
+        ({}, {"max_length": 4}, 3),
+    ],
+)
+def test_no_settings_lead_beyond_the_traced_length(own_settings, own, asked, tokens):
+    model = own_settings(**own)
+    ids, mask = pad(make_questions(LENGTHS, seed=20))
+    answers = model.generate(ids, make_pixels(6), mask, min_new_tokens=tokens, **asked)
+    assert answers.shape[1] == 1 + tokens
+
+
+def test_rows_of_the_models_own_settings_count(own_settings, processor):
+    from PIL import Image
+
+    model, picture = own_settings(num_beams=2, num_return_sequences=2), Image.new("RGB", (40, 30), "red")
+    ids, mask = pad(make_questions([4, 6]))
+    settings = {"generation_config": GenerationConfig(max_new_tokens=5)}
+    assert len(model.generate(ids, make_pixels(2), mask, **settings)) == 4
+    with refused("4 questions with 2 rows each"):
+        model.generate(*pad(make_questions([4] * 4))[:1], make_pixels(4), **settings)
+    with refused("num_return_sequences > 1"):
+        infer(model, processor, ["what is this ?"] * 2, picture)
+    with refused("sampling in several calls"):
+        infer(
+            own_settings(do_sample=True, num_beams=1, num_return_sequences=1),
+            processor,
+            ["what is this ?"] * 9,
+            picture,
+        )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"guidance_scale": 2.0},
+        {"prompt_lookup_num_tokens": 2},
+        {"output_hidden_states": True, "return_dict_in_generate": True},
+        {"generation_config": GenerationConfig(output_attentions=True, return_dict_in_generate=True)},
+        {"past_key_values": ()},
+        {"custom_generate": "somebody/something"},
+    ],
+    ids=str,
+)
+def test_what_no_graph_can_do_is_a_value_error(compiled, greedy, settings):
+    for model in (compiled, greedy):
+        with refused("nothing that a compiled model can do"):
+            model.generate(*make_questions([4]), make_pixels(1), **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_beams": 0}, "num_beams is 0"),
+        ({"num_beams": "2"}, "num_beams is '2'"),
+        ({"num_return_sequences": -1}, "num_return_sequences is -1"),
+        ({"max_new_tokens": "3"}, "max_new_tokens is '3'"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_length": 1.5}, "max_length is 1.5"),
+        ({"attention_mask": [[1, 1, 1, 1]]}, "attention_mask a list"),
+        ({"interpolate_pos_encoding": True}, "interpolate_pos_encoding"),
+    ],
+    ids=str,
+)
+def test_settings_that_make_no_sense_are_value_errors(compiled, settings, message):
+    image = compiled.encode_image(make_pixels(1))
+    with refused(message):
+        compiled.generate(*make_questions([4]), image=image, **settings)
+
+
+def test_infer_gives_texts(compiled, processor):
+    image = compiled.encode_image(make_pixels(1))
+    with refused("infer gives texts"):
+        infer(compiled, processor, "what is this ?", image, return_dict_in_generate=True)
+    with refused("pass what encode_image returns"):
+        infer(compiled, processor, "what is this ?", BaseModelOutputWithPooling())
+
+
+def test_a_compiled_model_is_neither_traced_nor_trained(compiled, tmp_path):
+    with refused("not compiled"):
+        trace(compiled, tmp_path, TINY_SHAPES)
+    with pytest.raises(NotImplementedError, match="generate"):
+        compiled(input_ids=make_questions([4])[0], pixel_values=make_pixels(1))
+
+
+def test_another_start_token_is_a_value_error(tmp_path):
+    model = make_tiny_blip()
+    model.decoder_start_token_id = 20
+    with refused("decoder_start_token_id is 20"):
+        trace(model, tmp_path, TINY_SHAPES)
 
 
 # Encoded images
@@ -273,6 +390,7 @@ def test_an_image_of_the_wrong_kind_is_a_value_error(compiled, tiny, processor):
         ({"image": BaseModelOutputWithPooling(last_hidden_state=torch.zeros(1, 3, 32))}, "encoder_hidden_states"),
         ({"image": BaseModelOutputWithPooling(last_hidden_state=torch.zeros(5, 32))}, "3 dimensions"),
         ({"image": BaseModelOutputWithPooling(last_hidden_state=image[0].double())}, "float64"),
+        ({"image": BaseModelOutputWithPooling(last_hidden_state=image[0].bfloat16())}, "bfloat16"),
     ):
         with refused(message):
             compiled.generate(ids, attention_mask=mask, **arguments)
