@@ -383,7 +383,8 @@ def leftovers(directory):
 
 @pytest.mark.usefixtures("traced_before")
 @pytest.mark.parametrize(
-    ("part", "error"), zip(PARTS, (OSError("No space left on device"), KeyboardInterrupt(), MemoryError()), strict=True)
+    ("part", "error"),
+    [*zip(PARTS, (OSError("No space left on device"), KeyboardInterrupt(), MemoryError()), strict=True)],
 )
 def test_an_exception_leaves_whole_parts_only(tiny, tmp_path, capsys, monkeypatch, expected, part, error):
     save = torch.jit.save

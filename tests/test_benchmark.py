@@ -1,0 +1,33 @@
+"""benchmarks/compare.py runs; what it measures decides no test."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def compare(*arguments):
+    command = [sys.executable, ROOT / "benchmarks" / "compare.py", "--model", "tiny", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+def test_the_benchmark_prints_and_writes_every_contestant():
+    done = compare("--dtypes", "fp32", "--rounds", "7", "--work", "step", "--answer-length", "6")
+    assert done.returncode == 0, done.stderr
+    written = json.loads((ROOT / "build" / "benchmark" / "tiny-6.json").read_text())
+    names = [row["name"] for row in written["rows"]]
+    assert names == ["HF eager fp32, its cache", "padded fp32", "the article's fp32", "cached fp32"]
+    assert all(name in done.stdout for name in names) and written["machine"]["torch"] in done.stdout
+    assert (ROOT / "build" / "benchmark" / "tiny-6.png").stat().st_size > 1000
+
+
+def test_bad_arguments_are_named():
+    for arguments, message in (
+        (["--rounds", "3"], "--rounds is 3"),
+        (["--dtypes", "fp16"], "--dtypes is fp16"),
+        (["--work", "two"], "--work is two"),
+        (["--answer-length", "3"], "--answer-length is 3"),
+    ):
+        assert message in compare(*arguments).stderr
