@@ -869,13 +869,9 @@ class NeuronBlipForQuestionAnswering(BlipForQuestionAnswering):
             If a question, the batch or the limit is larger than what was traced, a token is not in the vocabulary, or
             an argument is nothing that a compiled model can do.
         """
-        if (pixel_values is None) == (image is None):
-            raise ValueError("pass either pixel_values or image, what encode_image made of them, and not both")
         self._check_arguments(generate_kwargs)
         generate_kwargs = self._with_limit(generate_kwargs)
-        if interpolate_pos_encoding:
-            raise ValueError("interpolate_pos_encoding is True; the image graph has one image size: resize the picture")
-        images = self._check_image(pixel_values) if image is None else self._check_encoded(image)
+        images = self._check_images(pixel_values, image, interpolate_pos_encoding)
         self._check_questions(input_ids, len(images), generate_kwargs)
         features, mask = self._encode_questions(input_ids, attention_mask, images, encoded=image is not None)
         return self.text_decoder.generate(
@@ -921,6 +917,13 @@ class NeuronBlipForQuestionAnswering(BlipForQuestionAnswering):
             value = _setting(name, generate_kwargs, self.text_decoder.generation_config)
             if value is not None and value is not False and not (name == "guidance_scale" and value == 1):
                 raise ValueError(f"{name} is nothing that a compiled model can do: leave it out, or ask the original")
+
+    def _check_images(self, pixel_values, image, interpolate_pos_encoding):
+        if (pixel_values is None) == (image is None):
+            raise ValueError("pass either pixel_values or image, what encode_image made of them, and not both")
+        if interpolate_pos_encoding:
+            raise ValueError("interpolate_pos_encoding is True; the image graph has one image size: resize the picture")
+        return self._check_image(pixel_values) if image is None else self._check_encoded(image)
 
     def _check_image(self, pixel_values):
         _check_dimensions("pixel_values", pixel_values, 4)
@@ -1405,16 +1408,22 @@ def verify(compiled, model, processor, examples, **generate_kwargs):
             alone = processor(images=example.image, text=example.question, return_tensors="pt")
             expected = model.generate(**alone, **generate_kwargs)
             theirs, ours = expected.sequences[0], actual.sequences[row * len(actual.sequences) // len(batch)]
-            difference = 0.0
-            # A beam search may go on for steps that the sequence it returns does not have.
-            for step, logits in enumerate(expected.logits[: min(len(theirs), len(ours)) - 1]):
-                rows = actual.logits[step][row * each : (row + 1) * each]
-                worst = (rows - logits).abs().max().item()
-                difference = difference if worst <= difference else worst  # a NaN stays one
-                if ours[step + 1] != theirs[step + 1]:
-                    break
+            rows = slice(row * each, (row + 1) * each)
+            difference = _worst_difference(expected.logits, [step[rows] for step in actual.logits], theirs, ours)
             sep_token_id = compiled.config.text_config.sep_token_id
             yield Verified(example, trim(theirs, sep_token_id), trim(ours, sep_token_id), difference)
+
+
+def _worst_difference(expected, actual, theirs, ours):
+    """Of logits, a tensor [rows, V] a step, up to the first token that differs."""
+    worst = 0.0
+    # A beam search may go on for steps that the sequence it returns does not have.
+    for step in range(min(len(theirs), len(ours)) - 1):
+        difference = (actual[step] - expected[step]).abs().max().item()
+        worst = worst if difference <= worst else difference  # a NaN stays one
+        if ours[step + 1] != theirs[step + 1]:
+            break
+    return worst
 
 
 def trim(token_ids, sep_token_id):
