@@ -986,6 +986,7 @@ def _rows_per_question(generate_kwargs, of_the_model):
 # What generate() of the original can do and these graphs can't: they return logits alone, and keep their own cache.
 _NOT_COMPILED = (
     "assistant_model",
+    "cache",
     "custom_generate",
     "guidance_scale",
     "inputs_embeds",
@@ -1575,30 +1576,30 @@ class DecoderCachedGenerator(DecoderPaddedGenerator):
             self._answering = True
             try:
                 rows = len(input_ids) * _rows_per_question(kwargs, self.generation_config)
-                return super().generate(input_ids=input_ids, past_key_values=BeamRows(rows), **kwargs)
+                return super().generate(input_ids=input_ids, cache=BeamRows(rows), **kwargs)
             finally:
                 self._answering = False
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, cache, **kwargs):
         """The last token of each row, int64 [rows, 1], and its position; what came before is in the graph."""
         names = ("encoder_hidden_states", "encoder_attention_mask")
         return {
             "input_ids": input_ids[:, -1:],
             "position": torch.tensor([input_ids.shape[1] - 1]),
-            "past_key_values": past_key_values,
+            "cache": cache,
             **{name: kwargs[name] for name in names},
         }
 
-    def forward(self, input_ids, position, past_key_values, encoder_hidden_states, encoder_attention_mask, **kwargs):
+    def forward(self, input_ids, position, cache, encoder_hidden_states, encoder_attention_mask, **kwargs):
         """As `CachedDecoder`, for any number of rows up to R. The first step writes the question into the state."""
         rows, given = self.shapes.rows, len(input_ids)
         if position == 0:
             question = [*fill_rows(encoder_hidden_states, rows).unbind(1), fill_rows(encoder_attention_mask, rows)]
             for state, value in zip(self.decoder.parameters(), question, strict=False):
                 state.copy_(value)
-        beam_rows = torch.cat([past_key_values.rows, torch.arange(given, rows)])
+        beam_rows = torch.cat([cache.rows, torch.arange(given, rows)])
         output = self.decoder(fill_rows(input_ids, rows), position, beam_rows)
-        past_key_values.rows = torch.arange(given)
+        cache.rows = torch.arange(given)
         return CausalLMOutputWithCrossAttentions(logits=output.logits[:given])
 
 

@@ -77,11 +77,11 @@ def eager_step(model, questions, answer_length):
     config = model.config.text_config
     features = torch.zeros(1, QUESTION_TOKENS, config.hidden_size, dtype=model.dtype)
     start = torch.full((1, answer_length // 2), config.bos_token_id)
-    filled = model.text_decoder(start, encoder_hidden_states=features, use_cache=True).past_key_values
+    filled = model.text_decoder(start, encoder_hidden_states=features, use_cache=True).cache
     token = start[:, :1]
     return (
         lambda: copy.deepcopy(filled),
-        lambda cache: model.text_decoder(token, encoder_hidden_states=features, past_key_values=cache, use_cache=True),
+        lambda cache: model.text_decoder(token, encoder_hidden_states=features, cache=cache, use_cache=True),
     )
 
 

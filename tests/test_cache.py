@@ -294,6 +294,7 @@ def test_rows_of_the_models_own_settings_count(own_settings, processor):
         {"prompt_lookup_num_tokens": 2},
         {"output_hidden_states": True, "return_dict_in_generate": True},
         {"generation_config": GenerationConfig(output_attentions=True, return_dict_in_generate=True)},
+        {"cache": ()},
         {"past_key_values": ()},
         {"custom_generate": "somebody/something"},
     ],
