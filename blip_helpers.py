@@ -8,18 +8,28 @@ Facts about Neuron come from the AWS Neuron SDK documentation, https://awsdocs-n
 """
 
 import ast
+import collections
 import copy
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
+import io
+import itertools
 import json
 import linecache
+import multiprocessing
 import os
 import shlex
+import subprocess
+import sys
+import tempfile
 import textwrap
 import threading
+import traceback
 import warnings
+import weakref
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -28,9 +38,11 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="IProgress")  # without ipywidgets, tqdm says so in every notebook
     import tqdm.auto  # noqa: F401
 
+import cloudpickle
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoTokenizer,
@@ -65,7 +77,10 @@ def default_backend():
 
 def what_runs_here():
     """What the compiled cells of a notebook ran on, in words."""
-    return {"neuron": "AWS Neuron", "cpu": "CPU stand-in for Neuron"}[default_backend()]
+    if default_backend() == "cpu":
+        return "CPU stand-in for Neuron"
+    # The tests bring a torch_neuronx of their own, which must never pass for AWS's.
+    return "test double of torch_neuronx" if "double" in _version("torch-neuronx") else "AWS Neuron"
 
 
 def uses_bundled_models():
@@ -207,7 +222,9 @@ def neuron_compiler_args(
     return args
 
 
-def trace_module(module, example_inputs, *, input_output_aliases=None, backend=None, compiler_args=None):
+def trace_module(
+    module, example_inputs, *, input_output_aliases=None, backend=None, compiler_args=None, cpu_backend=False
+):
     """Trace `module` for the shapes and dtypes of `example_inputs`.
 
     On Neuron this is ``torch_neuronx.trace``. Elsewhere it is a stand-in made with ``torch.jit.trace`` that runs on
@@ -227,6 +244,8 @@ def trace_module(module, example_inputs, *, input_output_aliases=None, backend=N
         By default `default_backend`.
     compiler_args : str or list of str, optional
         For neuronx-cc; by default `neuron_compiler_args`. The stand-in does not compile and ignores them.
+    cpu_backend : bool
+        With AWS's packages but no Neuron device: compile for Inf2, to be copied there; see `compile_for_inf2`.
 
     Returns
     -------
@@ -238,31 +257,37 @@ def trace_module(module, example_inputs, *, input_output_aliases=None, backend=N
         If `module`, an example input, an alias or the backend is not of the kind described here.
     """
     backend = _known_backend(backend)
-    aliases = input_output_aliases or {}
-    example_inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
-    if not isinstance(module, nn.Module):
-        raise ValueError(f"module is a {type(module).__name__}: pass an nn.Module, or wrap the function in one")
-    if not isinstance(example_inputs, tuple | list) or not example_inputs:
-        raise ValueError(f"example_inputs is {_describe(example_inputs)}: pass a tuple of tensors, in forward's order")
-    for name, example in zip(_input_names(module, len(example_inputs)), example_inputs, strict=True):
-        if not isinstance(example, torch.Tensor):
-            raise ValueError(f"example input {name} is {_describe(example)}: only tensors cross the trace boundary")
-    parameters = {id(parameter) for parameter in module.parameters()}
-    for key, index in aliases.items():
-        if id(key) not in parameters or not isinstance(index, int) or isinstance(index, bool):
-            raise ValueError("input_output_aliases maps Parameters of the module to the index of an output")
+    example_inputs, aliases = _check_example(module, example_inputs, input_output_aliases)
     # Outside inference mode a clone is an ordinary tensor: what is traced here works in every mode later.
     with torch.inference_mode(False), torch.no_grad():
         example_inputs = tuple(example.clone() for example in example_inputs)
         _check_aliases(module, example_inputs, aliases)
         if backend == "neuron":
+            if cpu_backend:  # read when torch_neuronx is imported
+                os.environ.setdefault("NEURON_PLATFORM_TARGET_OVERRIDE", "inf2")
             import torch_neuronx
 
-            args = neuron_compiler_args() if compiler_args is None else compiler_args
+            args = _as_list(neuron_compiler_args() if compiler_args is None else compiler_args)
+            on_cpu = {"cpu_backend": True} if cpu_backend else {}
             return torch_neuronx.trace(
-                module, example_inputs, input_output_aliases=aliases, compiler_args=_as_list(args)
+                module,
+                example_inputs,
+                input_output_aliases=aliases,
+                compiler_args=args + (["--target", "inf2"] if cpu_backend and "--target" not in str(args) else []),
+                **on_cpu,
             )
         return _trace_for_cpu(module, example_inputs, aliases)
+
+
+class Logits(nn.Module):
+    """An image classifier as it is traced: pixel_values fp32 [B, 3, S, S] -> logits fp32 [B, N]"""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values):
+        return self.model(pixel_values=pixel_values).logits
 
 
 def save_traced(traced, path):
@@ -341,6 +366,23 @@ def _input_names(module, count):
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ]
     return (names + [f"number {i}" for i in range(len(names), count)])[:count]
+
+
+def _check_example(module, example_inputs, aliases):
+    """The example inputs as a tuple and the aliases as a dict, both as `trace_module` wants them."""
+    example_inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"module is a {type(module).__name__}: pass an nn.Module, or wrap the function in one")
+    if not isinstance(example_inputs, tuple | list) or not example_inputs:
+        raise ValueError(f"example_inputs is {_describe(example_inputs)}: pass a tuple of tensors, in forward's order")
+    for name, example in zip(_input_names(module, len(example_inputs)), example_inputs, strict=True):
+        if not isinstance(example, torch.Tensor):
+            raise ValueError(f"example input {name} is {_describe(example)}: only tensors cross the trace boundary")
+    parameters = {id(parameter) for parameter in module.parameters()}
+    for key, index in (aliases or {}).items():
+        if id(key) not in parameters or not isinstance(index, int) or isinstance(index, bool):
+            raise ValueError("input_output_aliases maps Parameters of the module to the index of an output")
+    return tuple(example_inputs), aliases or {}
 
 
 def _check_aliases(module, example_inputs, aliases):
@@ -1100,6 +1142,29 @@ def trace(
     ValueError
         If an argument is not of the kind described here.
     """
+    _trace_parts(model, directory, shapes, decoder, greedy, dtype, backend, compiler_args)
+    return NeuronBlipForQuestionAnswering.from_pretrained(directory)
+
+
+def compile_for_inf2(
+    model, directory, shapes=None, *, decoder="cached", greedy=False, dtype=torch.float32, compiler_args=None
+):
+    """As `trace`, on a machine with AWS's packages but without a Neuron device: compile, and load nothing.
+
+    Copy `directory` to an Inf2 instance with the same versions of torch, transformers, torch-neuronx and neuronx-cc,
+    and load it there with ``NeuronBlipForQuestionAnswering.from_pretrained``; `trace` keeps it as well.
+    ``torch_neuronx.trace(cpu_backend=True)`` does it, with ``--target inf2``, and with
+    ``NEURON_PLATFORM_TARGET_OVERRIDE`` in the environment before the package is imported.
+
+    Raises
+    ------
+    ValueError
+        As `trace`; also where torch_neuronx is not installed.
+    """
+    _trace_parts(model, directory, shapes, decoder, greedy, dtype, "neuron", compiler_args, cpu_backend=True)
+
+
+def _trace_parts(model, directory, shapes, decoder, greedy, dtype, backend, compiler_args, cpu_backend=False):
     directory, backend = Path(directory), _known_backend(backend)
     shapes = BlipShapes() if shapes is None else shapes
     if decoder not in ("cached", "padded"):
@@ -1178,12 +1243,12 @@ def trace(
                 input_output_aliases={parameter: index for index, parameter in enumerate(_state(module), 1)},
                 backend=backend,
                 compiler_args=compiler_args,
+                cpu_backend=cpu_backend,
             )
             save_traced(traced, directory / f"{name}.pt")
             manifest["parts"][name] = wanted[name] | {"sha256": _hash_file(directory / f"{name}.pt")}
             _write_manifest(directory, manifest)
             del traced
-    return NeuronBlipForQuestionAnswering.from_pretrained(directory)
 
 
 def read_manifest(directory):
@@ -1245,7 +1310,11 @@ def _damage(directory, name, part):
 
 def _versions(backend):
     packages = ["torch", "transformers"] + (["torch-neuronx", "neuronx-cc"] if backend == "neuron" else [])
-    return {package: importlib.metadata.version(package).split("+")[0] for package in packages}
+    return {package: _version(package).split("+")[0] for package in packages}
+
+
+def _version(package):
+    return importlib.metadata.version(package)
 
 
 def _state(module):
@@ -1684,7 +1753,7 @@ def load_replicas(directory, n):
 
     replicas = []
     for core in range(n):
-        with torch_neuronx.experimental.neuron_cores_context(start_nc=core, nc_count=1):
+        with torch_neuronx.neuron_cores_context(start_nc=core, nc_count=1):
             replicas.append(NeuronBlipForQuestionAnswering.from_pretrained(directory))
     return replicas
 
@@ -1698,3 +1767,732 @@ def count_flops(module, example_inputs):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(*example_inputs)
     return counter.get_total_flops()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 06  Check before Inf2: the graph that neuronx-cc would get
+# ---------------------------------------------------------------------------------------------------------------------
+
+_DOCS = "https://awsdocs-neuron.readthedocs-hosted.com/en/latest"
+_TRACE_PAGE = f"{_DOCS}/frameworks/torch/torch-neuronx/api-reference-guide/inference/api-torch-neuronx-trace.html"
+_JAX_PAGE = f"{_DOCS}/frameworks/jax/setup/jax-neuronx-known-issues.html"
+_TYPES_PAGE = f"{_DOCS}/about-neuron/arch/neuron-features/data-types.html"
+_ERRORS = f"{_DOCS}/compiler/error-codes"
+
+# HLO operators and element types that neuronx-cc is known to refuse for Inf2, with the source of each. AWS publishes no
+# complete list (``neuronx-cc list-operators --framework XLA`` prints one), so that an operator that is missing here may
+# still be refused.
+REFUSED_OPERATORS = {
+    "conditional": _JAX_PAGE,
+    "custom-call": f"{_ERRORS}/EHCA005.html",
+    "fft": f"{_TRACE_PAGE.replace('-trace.html', '-analyze.html')}",
+    "reduce-precision": _JAX_PAGE,
+    "set-dimension-size": "https://github.com/aws-neuron/aws-neuron-sdk/issues/1144",
+    "sort": _TRACE_PAGE,
+    "triangular-solve": f"{_ERRORS}/EVRF001.html",
+    "while": _JAX_PAGE,
+}
+REFUSED_TYPES = {
+    "float64": _TYPES_PAGE,
+    "complex64": f"{_ERRORS}/EVRF004.html",
+    "complex128": f"{_ERRORS}/EVRF004.html",
+}
+DYNAMIC_SHAPES = f"{_ERRORS}/EMOD025.html"
+# Not refused, but reported: a model that calls torch.erf itself did not compile on SDK 2.21. In BERT, which AWS
+# publishes numbers for, erf comes from gelu, as it does in BLIP.
+REPORTED_OPERATORS = {"erf": "https://github.com/aws-neuron/aws-neuron-sdk/issues/1081"}
+
+_HLO_TYPES = {
+    "PRED": "bool",
+    "BF16": "bfloat16",
+    "C64": "complex64",
+    "C128": "complex128",
+    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    **{f"S{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+}
+
+
+@dataclass(frozen=True)
+class HloValue:
+    """A parameter or result of a lowered graph.
+
+    ``kind`` is ``"input"``, ``"weight"``, ``"state"`` or ``"constant"`` (made while the graph was recorded) for a
+    parameter, ``"output"`` or ``"state"`` for a result. ``type`` is text such as ``float32 [1, 3, 64, 64]``.
+    """
+
+    kind: str
+    name: str
+    type: str
+    nbytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Lowered:
+    """What `lower_module` returns: the HLO of a module, and what XLA made of it on the CPU.
+
+    ``text`` and ``proto`` (bytes of an ``HloModuleProto``, the input of ``neuronx-cc compile --framework XLA``) are the
+    graph; ``parameters`` and ``results`` tuples of `HloValue`; ``operators`` counts of HLO operators; ``where`` the
+    line of Python behind an operator; ``dynamic`` the operators with a dimension that is not static; ``types`` those in
+    the graph; ``on_host`` aten operators that ran on the host while the graph was recorded, with their line; ``unused``
+    the inputs that are not in the graph; ``twice`` pairs of names of one weight; ``fingerprints`` one an example, equal
+    for equal graphs; ``outputs`` the results that XLA computed for each example.
+    """
+
+    text: str
+    proto: bytes
+    parameters: tuple
+    results: tuple
+    operators: dict
+    where: dict
+    dynamic: tuple
+    types: tuple
+    on_host: dict
+    unused: tuple
+    twice: tuple
+    fingerprints: tuple
+    outputs: tuple
+    key: str
+
+    def run(self, *inputs, state=()):
+        """Run this graph once more on XLA's CPU client: tuple of Tensor, the next state last."""
+        return _xla_process().call("run", self.key, inputs, tuple(tensor.detach() for tensor in state))
+
+    def save(self, path):
+        """Write the proto to `path`, for ``neuronx-cc compile --framework XLA --target inf2 PATH``."""
+        Path(path).write_bytes(self.proto)
+
+
+def lower_module(module, example_inputs, *, input_output_aliases=None):
+    """Lower `module` as ``torch_neuronx.trace`` does, through torch-xla, and run the result on XLA's CPU client.
+
+    It happens in a child process with ``PJRT_DEVICE=CPU``: the caller's module, torch's default device and, on Inf2,
+    the NeuronCores are left alone.
+
+    Parameters
+    ----------
+    module, example_inputs, input_output_aliases
+        As in `trace_module`.
+
+    Returns
+    -------
+    Lowered
+
+    Raises
+    ------
+    ValueError
+        If an argument is not of the kind described there.
+    RuntimeError
+        If torch-xla is not installed, the module cannot be lowered, or lowering it ends the process.
+    """
+    example_inputs, aliases = _check_example(module, example_inputs, input_output_aliases)
+    return _lower(module, [example_inputs], aliases)
+
+
+def _lower(module, examples, aliases):
+    with torch.inference_mode(False), torch.no_grad():
+        answer = _xla_process().call(
+            "lower", module, [tuple(t.clone() for t in inputs) for inputs in examples], aliases
+        )
+    lowered = Lowered(**answer)
+    weakref.finalize(lowered, _xla_process().released.append, lowered.key)
+    return lowered
+
+
+class XlaGraph(nn.Module):
+    """A lowered graph in the place of a traced one: it keeps its state, and XLA runs it on the CPU."""
+
+    def __init__(self, lowered, state=()):
+        super().__init__()
+        self.lowered = lowered
+        self.state = nn.ParameterList(nn.Parameter(tensor.clone(), requires_grad=False) for tensor in state)
+
+    def forward(self, *inputs):
+        output, *state = self.lowered.run(*inputs, state=self.state)
+        for parameter, value in zip(self.state, state, strict=True):
+            parameter.copy_(value)
+        return output
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What `check_module` found: sentences that say what is wrong and where, ``findings`` for errors and ``notes`` for
+    what is only reported; the `Lowered` graph, None where there is none; the largest difference from eager, relative to
+    the largest value of the result."""
+
+    findings: tuple
+    notes: tuple = ()
+    lowered: Lowered | None = None
+    difference: float = float("nan")
+
+
+def check_module(module, examples, *, input_output_aliases=None, bound=1e-4):
+    """Lower `module` and look for what fails on Inf2: nothing is compiled, and no device is needed.
+
+    Parameters
+    ----------
+    module, input_output_aliases
+        As in `trace_module`.
+    examples : list of tuple of Tensor
+        Two or more calls' inputs, every value different: what stays the same in all their graphs is a constant.
+    bound : float
+        How far the results of the graph, run by XLA, may lie from eager, relative to the largest value.
+
+    Returns
+    -------
+    Checked
+
+    Raises
+    ------
+    ValueError
+        If an argument is not of that kind.
+    RuntimeError
+        If torch-xla is not installed.
+    """
+    if len(examples) < 2:
+        raise ValueError(f"examples has {len(examples)}: pass two or more, a constant shows by what does not change")
+    checked = [_check_example(module, inputs, input_output_aliases) for inputs in examples]
+    examples, aliases = [inputs for inputs, _ in checked], checked[0][1]
+    first = describe_inputs(module, examples[0])
+    for inputs in examples:
+        check_inputs(inputs, first)
+    _xla_process()
+    try:
+        lowered = _lower(module, examples, aliases)
+    except RuntimeError as error:
+        return Checked((str(error),))
+    findings = []
+    for name, place in lowered.on_host.items():
+        what = "a value is read in Python" if name == "aten::_local_scalar_dense" else f"{name} runs on the host"
+        findings.append(f"{what} while the graph is recorded, and becomes a constant{_at(place)}")
+    for operator in lowered.operators:
+        if operator in REFUSED_OPERATORS:
+            source = REFUSED_OPERATORS[operator]
+            findings.append(f"{operator} is refused by neuronx-cc{_at(lowered.where.get(operator))} ({source})")
+    for operator in lowered.dynamic:
+        findings.append(f"{operator} has a dynamic shape{_at(lowered.where.get(operator))} ({DYNAMIC_SHAPES})")
+    for name in lowered.types:
+        if name in REFUSED_TYPES:
+            findings.append(f"{name} is no type of Inf2{_at(lowered.where.get(name))} ({REFUSED_TYPES[name]})")
+    findings += [
+        f"input {name} is in no result: the compiler drops it, and calls must not pass it" for name in lowered.unused
+    ]
+    findings += [
+        f"{first} and {second} are one weight, and the graph holds it twice" for first, second in lowered.twice
+    ]
+    for number, fingerprint in enumerate(lowered.fingerprints[1:], 2):
+        if fingerprint != lowered.fingerprints[0]:
+            findings.append(
+                f"example {number} gives another graph than example 1: a value of an input is a constant in it"
+            )
+            break
+    worst = 0.0
+    with torch.no_grad():
+        for number, (inputs, actual) in enumerate(zip(examples, lowered.outputs, strict=True), 1):
+            expected = module(*inputs)
+            expected = expected if isinstance(expected, tuple | list) else (expected,)
+            difference = max(_relative(a, e) for a, e in zip(actual, expected, strict=True))
+            worst = worst if difference <= worst else difference  # a NaN stays one
+            if not difference <= bound:
+                findings.append(f"the graph's results differ from eager by {difference:.0e} on example {number}")
+                break
+    notes = [
+        f"{operator} was reported as unsupported{_at(lowered.where.get(operator))} ({REPORTED_OPERATORS[operator]})"
+        for operator in lowered.operators
+        if operator in REPORTED_OPERATORS
+    ]
+    return Checked(tuple(findings), tuple(notes), lowered, worst)
+
+
+def check_parts(parts, vocab_size):
+    """Check each of `parts` (see `parts_to_trace`) on examples in which every value differs: yields name, `Checked`.
+
+    Masks are full, of one token, and ragged; positions are the first two and the last; state is random.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for name, (module, example_inputs) in parts.items():
+        state = _state(module)
+        for parameter in state:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            if parameter.dim() == 2:  # the question's mask
+                parameter.copy_(parameter > 0)
+        names = describe_inputs(module, example_inputs)
+        longest = state[-1].shape[2] if state else example_inputs[0].shape[-1]  # A, where there is a position
+        others = [
+            tuple(
+                _another(n, t, at, longest, vocab_size, generator) for n, t in zip(names, example_inputs, strict=True)
+            )
+            for at in (0, 1, longest - 1)
+        ]
+        aliases = {parameter: index for index, parameter in enumerate(state, 1)}
+        yield name, check_module(module, [example_inputs, *others], input_output_aliases=aliases)
+
+
+def _another(name, example, position, longest, vocab_size, generator):
+    """Another value for an example input: the position, a mask of its tokens, rows, tokens or numbers."""
+    if example.is_floating_point():
+        return torch.randn(example.shape, generator=generator)
+    if name == "position":
+        return torch.full_like(example, position)
+    if name.endswith("attention_mask"):  # one token, two (in the first row), all but one a row
+        ones = example.shape[-1] if position == longest - 1 else position + 1
+        fewer = torch.arange(len(example))[:, None].clamp(max=ones - 1)
+        return (torch.arange(example.shape[-1]) < ones - fewer).to(example.dtype)
+    if name == "beam_rows":
+        return example.flip(0) if position else torch.zeros_like(example)
+    return torch.randint(vocab_size, example.shape, generator=generator)
+
+
+def _relative(actual, expected):
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return float("inf")
+    if not expected.is_floating_point():
+        return float(not torch.equal(actual, expected))
+    largest = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
+    return ((actual - expected).abs().max() / largest).item()
+
+
+def _at(place):
+    """Where in Python: file, line and its source; for what a notebook or script defines the function and the source."""
+    if not place:
+        return ""
+    file, number, function = place
+    if file == "<dynamic-code>":  # cloudpickle keeps the line, but not the file
+        found = sys.modules["__main__"]
+        for name in function.split("."):
+            found = getattr(found, name, None)
+        file = found.__code__.co_filename if inspect.isfunction(found) else ""
+        name = function
+    else:
+        name = f"{Path(file).name}:{number}"
+    source = linecache.getline(file, number).strip()
+    return f" at {name}" + (f", `{source}`" if source else "")
+
+
+class _XlaProcess:
+    """A Python of its own in which torch-xla runs on the CPU; it answers one call after another until this one ends.
+
+    What travels is pickled with cloudpickle, which takes classes of a notebook along.
+    """
+
+    def __init__(self):
+        if importlib.util.find_spec("torch_xla") is None:
+            raise RuntimeError(
+                "torch-xla is not installed, without which no graph can be lowered: it exists for Linux on x86-64 "
+                "alone. Everything else in this series works without it"
+            )
+        ours, theirs = multiprocessing.Pipe()
+        self.connection, self.errors = ours, tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the child)
+        self.lock, self.released = threading.Lock(), []
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", f"import blip_helpers; blip_helpers._answer_calls({theirs.fileno()})"],
+            pass_fds=[theirs.fileno()],
+            env=os.environ
+            | {"PJRT_DEVICE": "CPU", "XLA_IR_DEBUG": "1", "XLA_HLO_DEBUG": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
+            | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self.errors,
+            start_new_session=True,  # Ctrl-C reaches it through this process, which ends it
+        )
+        theirs.close()
+
+    def call(self, name, *arguments):
+        with self.lock:
+            released = [self.released.pop() for _ in range(len(self.released))]
+            try:
+                self.connection.send_bytes(_pack((name, arguments, released)))
+                answer = self.connection.recv_bytes()
+            except (EOFError, OSError):
+                self.end()
+                raise RuntimeError(f"cannot be lowered: it ended the process {self.last_words()}") from None
+            except BaseException:
+                self.end()
+                raise
+        right, value = _unpack(answer)
+        if not right:
+            raise RuntimeError(value[0] + _at(value[1]))
+        return value
+
+    def end(self):
+        self.process.kill()
+        self.process.wait()
+        self.connection.close()
+        _xla_process.cache_clear()
+
+    def last_words(self):
+        self.errors.seek(0)
+        lines = self.errors.read().decode(errors="replace").strip().splitlines()
+        return f"with status {self.process.returncode}" + (f": {lines[-1][-300:]}" if lines else "")
+
+
+@functools.cache
+def _xla_process():
+    return _XlaProcess()
+
+
+def _pack(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer, pickle_module=cloudpickle)
+    return buffer.getbuffer()
+
+
+def _unpack(data):
+    return torch.load(io.BytesIO(data), weights_only=False)
+
+
+def _answer_calls(file_descriptor):
+    """The child's side of `_XlaProcess`."""
+    from multiprocessing.connection import Connection  # which Windows does not have
+
+    connection, lowering = Connection(file_descriptor), _Lowering()
+    while True:
+        try:
+            name, arguments, released = _unpack(connection.recv_bytes())
+        except EOFError:
+            return
+        for key in released:
+            lowering.graphs.pop(key, None)
+        try:
+            with torch.no_grad(), _quiet_properties():
+                answer = True, getattr(lowering, name)(*arguments)
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [""])[0][:300]
+            codes = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+            places = [(c.co_filename, line, c.co_qualname) for c, line in codes if _TORCH not in c.co_filename]
+            inside = [place for place in places if place[0] != __file__]
+            answer = False, (f"cannot be lowered: {type(error).__name__}: {reason}", (inside or [None])[-1])
+        connection.send_bytes(_pack(answer))
+
+
+class _Lowering:
+    """What happens in the child process. A graph is kept with its weights on XLA's device until it is released."""
+
+    def __init__(self):
+        self.graphs, self.count = {}, 0
+
+    def lower(self, module, examples, aliases):
+        import torch_xla
+
+        device = torch.device("xla")
+        owners = _onto(device, module, aliases)
+        recorded = [_record(module, [tensor.to(device) for tensor in inputs], owners) for inputs in examples]
+        context, inputs, results, operators = recorded[0]
+        hlo = json.loads(context.hlo_json())
+        by_number = dict(context.device_parameter_id_tensor_mapping())
+        parameters = [HloValue("constant", f"constant {n}", *_type(by_number[n])) for n in range(len(by_number))]
+        names = _input_names(module, len(inputs))
+        slots = [context.tensor_parameter_id(tensor) for tensor in inputs]
+        for name, tensor, slot in zip(names, inputs, slots, strict=True):
+            if slot >= 0:
+                parameters[slot] = HloValue("input", name, *_type(tensor))
+        state = []
+        for kind, name, tensor in owners:
+            slot = context.tensor_parameter_id(tensor)
+            if kind == "state":
+                state.append(slot)
+            if slot >= 0:
+                parameters[slot] = HloValue(kind, name, *_type(tensor))
+        kept = set(aliases.values())
+        proto = context.hlo()
+        self.count += 1
+        key = f"{os.getpid()}_{self.count}"  # never that of a graph in an earlier process
+        to_xla = torch_xla._XLAC._xla_op_computation_from_module_proto
+        self.graphs[key] = to_xla(f"graph{key}", proto), by_number, slots, state, device
+        pairs = [(aliases[p], slot) for p, slot in zip(aliases, state, strict=True) if slot >= 0]
+        proto = _with_aliases(proto, pairs)
+        text = torch_xla._XLAC._xla_computation_text(to_xla(f"aliased{key}", proto))
+        instructions = [i for computation in hlo["computations"] for i in computation["instructions"]]
+        dynamic = (
+            i["opcode"]
+            for i in instructions
+            if any(any(s.get("isDynamicDimension", ())) for s in i["shape"].get("tupleShapes", [i["shape"]]))
+        )
+        return {
+            "text": text,
+            "proto": proto,
+            "parameters": tuple(parameters),
+            "results": tuple(
+                HloValue("state" if i in kept else "output", f"result {i}", *t) for i, t in enumerate(results)
+            ),
+            "operators": dict(collections.Counter(i["opcode"] for i in instructions).most_common()),
+            "where": _places(hlo, operators.functions),
+            "dynamic": tuple(dict.fromkeys(dynamic)),
+            "types": tuple(dict.fromkeys(name for i in instructions for name in _element_types(i))),
+            "on_host": {name: (*at, operators.functions[at]) for name, at in operators.on_host.items()},
+            "unused": tuple(name for name, slot in zip(names, slots, strict=True) if slot < 0),
+            "twice": _twice(parameters, by_number),
+            "fingerprints": tuple(_fingerprint(context, inputs, owners) for context, inputs, *_ in recorded),
+            "outputs": tuple(self.run(key, inputs, None) for inputs in examples),
+            "key": key,
+        }
+
+    def run(self, key, inputs, state):
+        """Run a graph; state None leaves the state as the module had it."""
+        import torch_xla
+
+        if key not in self.graphs:
+            raise RuntimeError("the process that held this graph has ended: lower the module again")
+        computation, by_number, slots, state_slots, device = self.graphs[key]
+        arguments = dict(by_number)
+        given = [*zip(slots, inputs, strict=True), *zip(state_slots if state else (), state or (), strict=True)]
+        arguments |= {slot: tensor.to(device) for slot, tensor in given if slot >= 0}
+        ordered = [arguments[number] for number in range(len(arguments))]
+        results = torch_xla._XLAC._xla_user_computation(f"xla::graph{key}", ordered, computation)
+        torch_xla._XLAC._xla_sync_multi(list(results), [str(device)], wait=True, sync_xla_data=True)
+        return tuple(result.cpu() for result in results)
+
+
+def _onto(device, module, aliases):
+    """Move a module, in place; ``Module.to`` would give each use of a tied weight a copy of its own.
+
+    Returns (kind, name, tensor on the device) for each of its tensors, the state in the order of the aliases.
+    """
+    names = {id(t): name for name, t in [*module.named_parameters(), *module.named_buffers()]}
+    state, moved = [id(parameter) for parameter in aliases], {}
+    originals = []
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                originals.append(tensor)  # while it lives, its id is not another's
+                if id(tensor) not in moved:
+                    there = tensor.detach().to(device)
+                    parameter = isinstance(tensor, nn.Parameter)
+                    moved[id(tensor)] = nn.Parameter(there, requires_grad=False) if parameter else there
+                tensors[name] = moved[id(tensor)]
+    weights = [("weight", names[i], tensor) for i, tensor in moved.items() if i not in state]
+    return weights + [("state", names[i], moved[i]) for i in state]
+
+
+def _record(module, inputs, owners):
+    """Run a module on XLA tensors, which records its graph: the context of the graph, and what happened meanwhile."""
+    import torch_xla
+    from torch_xla.debug import metrics
+
+    torch_xla.sync()  # a number that is not on the device yet would become a constant
+    metrics.clear_all()
+    with _Operators(metrics.counter_names) as operators:
+        results = module(*inputs)
+    results = list(results) if isinstance(results, tuple | list) else [results]
+    for i, result in enumerate(results):
+        if not isinstance(result, torch.Tensor) or result.device.type != "xla":
+            raise ValueError(f"result {i} is {_describe(result)} that was computed on the host, and in no graph")
+    context = torch_xla._XLAC.lowering.LoweringContext()
+    context.build(results)
+    # Only their types: results that live on would be computed at the next sync.
+    return context, inputs, [_type(result) for result in results], operators
+
+
+class _Operators(TorchDispatchMode):
+    """Notes the lines of Python that operators come from, and which operators fell back to the host."""
+
+    def __init__(self, counters):
+        super().__init__()
+        self.counters, self.functions, self.on_host = counters, {}, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        frame = sys._getframe(1)
+        while frame and _TORCH in frame.f_code.co_filename:
+            frame = frame.f_back
+        place = (frame.f_code.co_filename, frame.f_lineno) if frame else ("", 0)
+        self.functions[place] = frame.f_code.co_qualname if frame else ""
+        for name in self.counters():
+            if name.startswith("aten::"):
+                self.on_host.setdefault(name, place)
+        return result
+
+
+_TORCH = f"{os.sep}torch{os.sep}"
+
+
+def _places(hlo, functions):
+    """For each operator and element type of a graph the first line of Python that it comes from, outside of torch."""
+    index, places = hlo.get("stackFrameIndex", {}), {}
+    for instruction in (i for computation in hlo["computations"] for i in computation["instructions"]):
+        number, place = instruction.get("metadata", {}).get("stackFrameId"), None
+        while number and not place:  # from the innermost frame outwards
+            frame = index["stackFrames"][number - 1]
+            location = index["fileLocations"][frame["fileLocationId"] - 1]
+            line = index["fileNames"][location["fileNameId"] - 1], location["line"]
+            place, number = line if line in functions else None, frame.get("parentFrameId")
+        if place:
+            for name in (instruction["opcode"], *_element_types(instruction)):
+                places.setdefault(name, (*place, functions[place]))
+    return places
+
+
+def _element_types(instruction):
+    shapes = instruction["shape"].get("tupleShapes", [instruction["shape"]])
+    return [_HLO_TYPES.get(shape["elementType"], shape["elementType"]) for shape in shapes]
+
+
+def _type(tensor):
+    return _describe(tensor), tensor.numel() * tensor.element_size()
+
+
+def _twice(parameters, tensors):
+    """Pairs of names of weights with the same values; those that hold one number only, such as zeros, may be alike."""
+    seen, pairs = {}, []
+    for number, parameter in enumerate(parameters):
+        if parameter.kind == "weight":
+            values = tensors[number].cpu()
+            if values.numel() > 1 and (values != values.flatten()[0]).any():
+                digest = _digest(values), parameter.type
+                if digest in seen:
+                    pairs.append((seen[digest], parameter.name))
+                seen.setdefault(digest, parameter.name)
+    return tuple(pairs)
+
+
+def _digest(tensor):
+    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+
+
+def _fingerprint(context, inputs, owners):
+    """A hash of the graph with its constants, those among its parameters included; not of names and lines of Python."""
+    hlo = json.loads(context.hlo_json())
+    known = {context.tensor_parameter_id(tensor) for tensor in [*inputs, *(tensor for *_, tensor in owners)]}
+    tensors = context.device_parameter_id_tensor_mapping()
+    constants = {number: _digest(tensors[number]) for number in tensors if number not in known}
+    for instruction in (i for computation in hlo["computations"] for i in computation["instructions"]):
+        instruction.pop("metadata", None)
+    return _hash_json([hlo["computations"], sorted(known), constants])
+
+
+def _with_aliases(proto, pairs):
+    """The proto with field 8 of ``HloModuleProto``: which result becomes which parameter, as (result, parameter).
+
+    Fields of a serialized message may come in any order, so that it is appended. An entry has result (field 1, packed),
+    parameter (2) and kind (4: 2 is MUST_ALIAS); see xla/service/hlo.proto in https://github.com/openxla/xla.
+    """
+
+    def number(value):
+        low = [value & 127]
+        while value := value >> 7:
+            low[-1] |= 128
+            low.append(value & 127)
+        return bytes(low)
+
+    def message(field, content):
+        return number(field << 3 | 2) + number(len(content)) + content
+
+    entries = b"".join(
+        message(1, message(1, number(result)) + number(2 << 3) + number(parameter) + number(4 << 3) + number(2))
+        for result, parameter in pairs
+    )
+    return proto + (message(8, entries) if entries else b"")
+
+
+_PRODUCTS = {
+    torch.ops.aten.mm: (0, 1),
+    torch.ops.aten.bmm: (0, 1),
+    torch.ops.aten.addmm: (1, 2),
+    torch.ops.aten.baddbmm: (1, 2),
+    torch.ops.aten.linear: (0, 1),
+    torch.ops.aten.matmul: (0, 1),
+    torch.ops.aten.convolution: (0, 1),
+    torch.ops.aten.conv2d: (0, 1),
+}
+
+
+class ImitatedAutoCast(TorchDispatchMode):
+    """An imitation of what neuronx-cc's ``--auto-cast`` does to fp32 numbers: ``with`` this, call a module on the CPU.
+
+    ``matmult`` rounds the inputs of each matrix product and convolution to the type and accumulates in fp32; ``all``
+    rounds inputs and outputs of every floating-point operator. The compiler fuses and orders operators in its own way,
+    so that its results differ from these; what it casts and when it does is AWS's description of the flags.
+
+    Parameters
+    ----------
+    compiler_args : str or list of str
+        As for neuronx-cc. Without ``--auto-cast`` nothing is cast, as since SDK 2.27, whatever the type.
+    """
+
+    def __init__(self, compiler_args):
+        super().__init__()
+        args = _as_list(compiler_args)
+        given = {flag: value for flag, value in itertools.pairwise(args) if flag.startswith("--auto-cast")}
+        given |= dict(arg.split("=", 1) for arg in args if arg.startswith("--auto-cast") and "=" in arg)
+        self.cast, name = given.get("--auto-cast", "none"), given.get("--auto-cast-type", "bf16")
+        if self.cast not in ("none", "matmult", "all") or name not in ("bf16", "fp16"):
+            raise ValueError(
+                f"--auto-cast {self.cast} --auto-cast-type {name}: none, matmult and all to bf16 and fp16 are imitated"
+            )
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+    def _round(self, value):
+        if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
+            return value.to(self.dtype).float()
+        return [self._round(item) for item in value] if isinstance(value, list | tuple) else value
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.cast == "none" or getattr(function, "is_view", False):
+            return function(*args, **kwargs)
+        rounded = _PRODUCTS.get(function.overloadpacket, ())
+        if self.cast == "all":
+            rounded = () if function._schema.is_mutable else range(len(args))
+        args = [self._round(value) if i in rounded else value for i, value in enumerate(args)]
+        result = function(*args, **kwargs)
+        if self.cast != "all":
+            return result
+        if function._schema.is_mutable:  # what it wrote to stays where it is
+            return result.copy_(self._round(result)) if isinstance(result, torch.Tensor) else result
+        return self._round(result) if isinstance(result, torch.Tensor) else tuple(self._round(result))
+
+
+# A NeuronCore-v2 of an Inferentia2 chip, which has two: half of the published figures of the chip.
+# https://awsdocs-neuron.readthedocs-hosted.com/en/latest/about-neuron/arch/neuron-hardware/inferentia2.html
+CORE_FLOPS = {"fp32": 47.5e12 / 2, "bf16": 190e12 / 2}
+CORE_BYTES_PER_SECOND = 820 * 2**30 / 2
+CHIP_BYTES = 32 * 2**30
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one call of a graph takes at least: FLOPs of its products, numbers in the weights that are read, bytes of
+    state, inputs and outputs."""
+
+    flops: int
+    weights: int
+    state: int
+    inputs: int
+    outputs: int
+
+    def moved(self, dtype="fp32"):
+        """Bytes between memory and core: weights (2 bytes each in bf16), state read, inputs and outputs."""
+        return self.weights * {"fp32": 4, "bf16": 2}[dtype] + self.state + self.inputs + self.outputs
+
+    def seconds(self, dtype="fp32"):
+        """A lower bound for one NeuronCore, from the chip's published figures: nothing was measured."""
+        return max(self.flops / CORE_FLOPS[dtype], self.moved(dtype) / CORE_BYTES_PER_SECOND)
+
+    def bound_by(self, dtype="fp32"):
+        """``"arithmetic"`` or ``"memory"``: which of the two takes longer."""
+        return "arithmetic" if self.flops / CORE_FLOPS[dtype] > self.moved(dtype) / CORE_BYTES_PER_SECOND else "memory"
+
+
+def count_cost(module, example_inputs):
+    """Count the `Cost` of a module; on the ``meta`` device nothing is computed.
+
+    An embedding that is only looked up counts nothing, so that the bound stays one.
+    """
+    state = {id(parameter) for parameter in _state(module)}
+    looked_up = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+    multiplied = {id(part.weight) for part in module.modules() if isinstance(part, nn.Linear)}
+    flops, outputs = count_flops(module, example_inputs), module(*example_inputs)
+    outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
+    return Cost(
+        flops=flops,
+        weights=sum(
+            p.numel()
+            for p in module.parameters()
+            if id(p) not in state and (id(p) not in looked_up or id(p) in multiplied)
+        ),
+        state=sum(p.numel() * p.element_size() for p in _state(module)),
+        inputs=sum(t.numel() * t.element_size() for t in example_inputs),
+        outputs=sum(t.numel() * t.element_size() for t in outputs[: len(outputs) - len(state)]),
+    )

@@ -522,4 +522,4 @@ def test_the_stand_in_can_be_asked_for_where_neuron_is(handed_on, two):
 
 def test_only_trace_modules_own_keywords_follow_the_inputs():
     kinds = [p.kind for p in inspect.signature(trace_module).parameters.values()]
-    assert kinds[2:] == [inspect.Parameter.KEYWORD_ONLY] * 3
+    assert kinds[2:] == [inspect.Parameter.KEYWORD_ONLY] * 4
