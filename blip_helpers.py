@@ -2179,6 +2179,10 @@ class _Lowering:
         recorded = [_record(module, [tensor.to(device) for tensor in inputs], owners) for inputs in examples]
         context, inputs, results, operators = recorded[0]
         hlo = json.loads(context.hlo_json())
+        live = _live(hlo)
+        for computation in hlo["computations"]:
+            computation["instructions"] = [i for i in computation["instructions"] if i["id"] in live]
+        hlo["computations"] = [c for c in hlo["computations"] if c["rootId"] in live]
         by_number = dict(context.device_parameter_id_tensor_mapping())
         parameters = [HloValue("constant", f"constant {n}", *_type(by_number[n])) for n in range(len(by_number))]
         names = _input_names(module, len(inputs))
@@ -2194,7 +2198,7 @@ class _Lowering:
             if slot >= 0:
                 parameters[slot] = HloValue(kind, name, *_type(tensor))
         kept = set(aliases.values())
-        proto = context.hlo()
+        proto = _without_dead_code(context.hlo(), live)
         self.count += 1
         key = f"{os.getpid()}_{self.count}"  # never that of a graph in an earlier process
         to_xla = torch_xla._XLAC._xla_op_computation_from_module_proto
@@ -2334,12 +2338,15 @@ def _type(tensor):
 
 
 def _twice(parameters, tensors):
-    """Pairs of names of weights with the same values; those that hold one number only, such as zeros, may be alike."""
+    """Pairs of names of matrices with the same values, unless they hold one number only, such as zeros.
+
+    Vectors may be alike: two biases that are added up get the same gradients.
+    """
     seen, pairs = {}, []
     for number, parameter in enumerate(parameters):
         if parameter.kind == "weight":
             values = tensors[number].cpu()
-            if values.numel() > 1 and (values != values.flatten()[0]).any():
+            if values.dim() > 1 and (values != values.flatten()[0]).any():
                 digest = _digest(values), parameter.type
                 if digest in seen:
                     pairs.append((seen[digest], parameter.name))
@@ -2362,28 +2369,93 @@ def _fingerprint(context, inputs, owners):
     return _hash_json([hlo["computations"], sorted(known), constants])
 
 
+def _live(hlo):
+    """The ids of instructions that a result depends on, as text.
+
+    torch-xla records what nothing uses, such as the indices of a max pooling; torch_neuronx drops it.
+    """
+    computations = {computation["id"]: computation for computation in hlo["computations"]}
+    instructions = {i["id"]: i for computation in hlo["computations"] for i in computation["instructions"]}
+    live, waiting = set(), [computations[hlo["entryComputationId"]]["rootId"]]
+    while waiting:
+        number = waiting.pop()
+        if number not in live:
+            live.add(number)
+            called = [computations[c]["rootId"] for c in instructions[number].get("calledComputationIds", ())]
+            waiting += [*instructions[number].get("operandIds", ()), *called]
+    # The parameters of a computation are its signature, used or not.
+    return live | {number for number, i in instructions.items() if i["opcode"] == "parameter"}
+
+
+def _without_dead_code(proto, live):
+    """The proto with the instructions that are `live` alone, and the computations that have any but parameters left.
+
+    A serialized message is a sequence of fields. In ``HloModuleProto`` computations are field 3; in
+    ``HloComputationProto`` instructions are field 2; in ``HloInstructionProto`` the id is field 35; see
+    xla/service/hlo.proto in https://github.com/openxla/xla.
+    """
+    kept = b""
+    for field, content, raw in _fields(proto):
+        if field != 3:
+            kept += raw
+            continue
+        parts = [(part, raw, part == 2 and _id_of(inside)) for part, inside, raw in _fields(content)]
+        root = next(_varint(raw, 1)[0] for part, raw, _ in parts if part == 6)
+        if str(root) in live:
+            kept += _message(3, b"".join(raw for part, raw, number in parts if part != 2 or str(number) in live))
+    return kept
+
+
+def _id_of(instruction):
+    return next(content for field, content, _ in _fields(instruction) if field == 35)
+
+
+def _fields(message):
+    """Each field of a serialized protobuf message: its number, its content (an int or bytes), and its bytes."""
+    at = 0
+    while at < len(message):
+        start = at
+        key, at = _varint(message, at)
+        content, after = _varint(message, at) if key & 7 in (0, 2) else (None, at + {1: 8, 5: 4}[key & 7])
+        if key & 7 == 2:
+            at, after = after, after + content
+            content = message[at:after]
+        at = after
+        yield key >> 3, content, message[start:at]
+
+
+def _varint(message, at):
+    value = shift = 0
+    while True:
+        byte = message[at]
+        value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
+        if byte < 128:
+            return value, at
+
+
+def _number(value):
+    low = [value & 127]
+    while value := value >> 7:
+        low[-1] |= 128
+        low.append(value & 127)
+    return bytes(low)
+
+
+def _message(field, content):
+    return _number(field << 3 | 2) + _number(len(content)) + content
+
+
 def _with_aliases(proto, pairs):
     """The proto with field 8 of ``HloModuleProto``: which result becomes which parameter, as (result, parameter).
 
-    Fields of a serialized message may come in any order, so that it is appended. An entry has result (field 1, packed),
-    parameter (2) and kind (4: 2 is MUST_ALIAS); see xla/service/hlo.proto in https://github.com/openxla/xla.
+    Fields of a message may come in any order, so that it is appended. An entry has result (field 1, packed), parameter
+    (2) and kind (4: 2 is MUST_ALIAS).
     """
-
-    def number(value):
-        low = [value & 127]
-        while value := value >> 7:
-            low[-1] |= 128
-            low.append(value & 127)
-        return bytes(low)
-
-    def message(field, content):
-        return number(field << 3 | 2) + number(len(content)) + content
-
     entries = b"".join(
-        message(1, message(1, number(result)) + number(2 << 3) + number(parameter) + number(4 << 3) + number(2))
+        _message(1, _message(1, _number(result)) + bytes([2 << 3]) + _number(parameter) + bytes([4 << 3, 2]))
         for result, parameter in pairs
     )
-    return proto + (message(8, entries) if entries else b"")
+    return proto + (_message(8, entries) if entries else b"")
 
 
 _PRODUCTS = {

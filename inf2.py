@@ -1,0 +1,207 @@
+"""Before and on Inf2: ``python inf2.py check | compile | report``.
+
+``check`` needs no package of AWS: it lowers every graph of a model as Neuron does and looks for what fails there.
+``compile`` needs AWS's packages and no Neuron device: it makes an artifact to be copied to an Inf2 instance. ``report``
+runs such an artifact, on Inf2 or anywhere else, and prints what came out as a table to paste.
+"""
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+
+import torch
+from transformers import AutoConfig
+
+import blip_helpers as bh
+from blip_helpers import BlipShapes
+from models.scenes import examples
+
+CALLS = 50
+
+
+def resnet_parts(source):
+    """The one graph of a ResNet, as `parts_to_trace` gives those of a BLIP."""
+    model, image_processor = bh.load_resnet(source)
+    size = image_processor.size.get("shortest_edge") or image_processor.size["height"]
+    return {"resnet": (bh.Logits(model), (torch.zeros(1, 3, size, size),))}
+
+
+def graphs_of(source, shapes, decoders):
+    """Every graph of a checkpoint: names, parts and the size of the vocabulary, one entry for each set of graphs."""
+    source = source or bh.os.environ.get("BLIP_MODEL") or bh.MODELS / "tiny-blip-vqa"
+    kind = AutoConfig.from_pretrained(source).model_type
+    if kind == "resnet":
+        return [("", resnet_parts(source), 0)]
+    if kind != "blip":
+        raise ValueError(f"{source} is a {kind}; this series compiles blip and resnet")
+    model, _ = bh.load_blip(source)
+    sets, seen = [], set()
+    for decoder in decoders:
+        parts = bh.parts_to_trace(model, shapes, decoder)
+        new = {name: part for name, part in parts.items() if (name, type(part[0])) not in seen}
+        seen |= {(name, type(module)) for name, (module, _) in parts.items()}
+        sets.append((f"{decoder} ", new, model.config.text_config.vocab_size))
+    return sets
+
+
+def check(arguments):
+    """Lower and check every graph; a table, then what was found. Returns the number of findings."""
+    sets = graphs_of(arguments.model, shapes_of(arguments), arguments.decoders)
+    print(
+        f"{'graph':<26}{'operators':>10}{'inputs':>8}{'state':>7}{'weights':>12}{'GFLOP':>9}{'difference':>12}  found"
+    )
+    findings, notes, total = [], {}, 0
+    for prefix, parts, vocab_size in sets:
+        for name, checked in bh.check_parts(parts, vocab_size):
+            label = name if name == "vision_model" or not prefix else prefix + name
+            total += 1
+            findings += [f"{label}: {finding}" for finding in checked.findings]
+            notes |= dict.fromkeys(checked.notes)
+            print(f"{label:<26}{row_of(checked, parts[name])}", flush=True)
+    for line in findings:
+        print(f"FOUND {line}")
+    for line in notes:
+        print(f"note  {line}")
+    print(f"{total} graphs checked, {len(findings)} findings. Nothing was compiled: neuronx-cc has the last word.")
+    return len(findings)
+
+
+def row_of(checked, part):
+    if checked.lowered is None:
+        return f"{'not lowered':>10}{'':>8}{'':>7}{'':>12}{'':>9}{'':>11}  {len(checked.findings)}"
+    lowered = checked.lowered
+    kinds = [parameter.kind for parameter in lowered.parameters]
+    weights = sum(parameter.nbytes for parameter in lowered.parameters if parameter.kind == "weight") / 1e6
+    flops = bh.count_flops(*part) / 1e9
+    return (
+        f"{sum(lowered.operators.values()):>10,}{kinds.count('input'):>8}{kinds.count('state'):>7}"
+        f"{weights:>9.1f} MB{flops:>9.2f}{checked.difference:>12.0e}  {len(checked.findings) or 'none'}"
+    )
+
+
+def compile_(arguments):
+    """Compile a whole artifact for Inf2 on a machine without a Neuron device."""
+    model, _ = bh.load_blip(arguments.model)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
+    bh.compile_for_inf2(
+        model,
+        arguments.directory,
+        shapes_of(arguments),
+        decoder=arguments.decoder,
+        greedy=arguments.greedy,
+        dtype=dtype,
+    )
+    print(
+        f"compiled for Inf2, not run: copy {arguments.directory} to the instance, then: python inf2.py report DIRECTORY"
+    )
+
+
+def report(arguments):
+    """Verify an artifact against its checkpoint and time its graphs; prints Markdown."""
+    model, processor = bh.load_blip(arguments.model)
+    start = time.perf_counter()
+    compiled = bh.NeuronBlipForQuestionAnswering.from_pretrained(arguments.directory)
+    loaded = time.perf_counter() - start
+    manifest = bh.read_manifest(arguments.directory)
+    if manifest["decoder"] == "greedy":
+        raise ValueError("this artifact returns no logits to compare: report one that was traced with greedy=False")
+    asked = bh.question_count(arguments.questions)
+    verified = list(bh.progress(bh.verify(compiled, model, processor, examples("held-out", asked)), asked))
+    equal = sum(row.actual == row.expected for row in verified)
+    part = manifest["parts"]["vision_model"]
+    rows = [
+        ("ran on", bh.what_runs_here() if manifest["backend"] == "neuron" else "CPU stand-in for Neuron"),
+        ("host", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in part["versions"].items())),
+        ("shapes", ", ".join(f"{name} {value}" for name, value in manifest["shapes"].items())),
+        ("decoder, products", f"{manifest['decoder']}, {part['dtype']}"),
+        ("compiler arguments", " ".join(part["compiler_args"]) or "none"),
+        ("answers equal to eager", f"{equal} of {asked}"),
+        ("largest logit difference", f"{max(row.difference for row in verified):.1e}"),
+        ("loading", f"{loaded:.1f} s"),
+    ]
+    graphs = {
+        "vision_model": compiled.vision_model.graph,
+        "text_encoder": compiled.text_encoder.graph,
+        "text_decoder": compiled.text_decoder.decoder.decoder,
+    }
+    for name, (_, inputs) in bh.parts_to_trace(model, compiled.shapes, manifest["decoder"]).items():
+        if name in graphs:
+            rows.append((f"{name}, a call", milliseconds(graphs[name], inputs)))
+    question = next(examples("held-out", 1))
+    answer = lambda: bh.infer(compiled, processor, question.question, question.image)  # noqa: E731
+    rows.append(("one question, end to end", milliseconds(answer, ())))
+    print("\n| | |\n|---|---|")
+    for row in rows:
+        print("| {} | {} |".format(*row))
+    return int(equal != asked)
+
+
+def milliseconds(call, inputs):
+    """Median, and the 99th percentile, of calls after ten that are thrown away."""
+    times = []
+    with torch.no_grad():
+        for turn in range(CALLS + 10):
+            start = time.perf_counter()
+            call(*inputs)
+            if turn >= 10:
+                times.append(1e3 * (time.perf_counter() - start))
+    return f"p50 {statistics.median(times):.2f} ms, p99 {statistics.quantiles(times, n=100)[98]:.2f} ms"
+
+
+def shapes_of(arguments):
+    lengths = tuple(arguments.question_length)
+    return BlipShapes(
+        batch_size=arguments.batch_size,
+        num_beams=arguments.num_beams,
+        question_length=lengths if len(lengths) > 1 else lengths[0],
+        answer_length=arguments.answer_length,
+    )
+
+
+def read_arguments(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    help_model = "a directory or a hub name; by default BLIP_MODEL or the bundled model"
+    one = commands.add_parser(
+        "check", help="lower every graph and look for what fails on Inf2; exit status 1 on a finding"
+    )
+    one.add_argument("model", nargs="?", help=help_model + "; a ResNet is checked as well")
+    one.add_argument(
+        "--decoders", nargs="+", default=["padded", "cached", "greedy"], choices=["padded", "cached", "greedy"]
+    )
+    two = commands.add_parser("compile", help="with AWS's packages, without a device: make an artifact for Inf2")
+    two.add_argument("directory", help="where to, such as build/blip-inf2")
+    two.add_argument("--model", help=help_model)
+    two.add_argument("--decoder", default="cached", choices=["cached", "padded"])
+    two.add_argument("--greedy", action="store_true", help="of a cached decoder: choose the token in the graph")
+    two.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="what matrices are multiplied in")
+    for command in (one, two):
+        command.add_argument("--batch-size", type=int, default=1)
+        command.add_argument("--num-beams", type=int, default=1)
+        command.add_argument("--question-length", type=int, nargs="+", default=[16], help="several make a graph each")
+        command.add_argument("--answer-length", type=int, default=24)
+    three = commands.add_parser("report", help="run an artifact; print what came out, to paste into an issue")
+    three.add_argument("directory", help="what trace or compile left")
+    three.add_argument("--model", help=help_model)
+    three.add_argument("--questions", type=int, default=200, help="how many to ask at most (200)")
+    return parser.parse_args(arguments)
+
+
+def main():
+    arguments = read_arguments()
+    torch.set_num_threads(2)
+    torch.set_grad_enabled(False)
+    try:
+        return {"check": check, "compile": compile_, "report": report}[arguments.command](arguments)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"inf2.py {arguments.command}: {error}")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(min(1, main() or 0))
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted")
