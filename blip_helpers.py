@@ -303,6 +303,8 @@ def save_traced(traced, path):
 
 def load_traced(path):
     """Load a traced module; on Neuron this places it on a NeuronCore. Works in every grad and inference mode."""
+    if default_backend() == "neuron":
+        import torch_neuronx  # noqa: F401 (it teaches torch to read Neuron's files)
     with torch.inference_mode(False):
         return torch.jit.load(str(path))
 
@@ -741,7 +743,10 @@ class DecoderOutputFormatter(nn.Module):
         self.decoder = decoder
 
     def forward(self, *inputs):
-        return CausalLMOutputWithCrossAttentions(logits=self.decoder(*inputs))
+        outputs = self.decoder(*inputs)
+        # In AWS's T5 tutorial the state comes back as well, behind what is read; the stand-in keeps it inside.
+        logits = outputs[0] if isinstance(outputs, tuple | list) else outputs
+        return CausalLMOutputWithCrossAttentions(logits=logits)
 
 
 class DecoderPaddedGenerator(PreTrainedModel, GenerationMixin):
@@ -831,8 +836,8 @@ class NeuronBlipForQuestionAnswering(BlipForQuestionAnswering):
         return torch.device("cpu")
 
     @classmethod
-    def from_pretrained(cls, directory):
-        """Load what `trace` left in `directory`.
+    def from_pretrained(cls, directory, core=0):
+        """Load what `trace` left in `directory`; on Neuron, with the state of a cached decoder on NeuronCore `core`.
 
         Raises
         ------
@@ -851,13 +856,16 @@ class NeuronBlipForQuestionAnswering(BlipForQuestionAnswering):
         missing = [name for name in wanted if name not in manifest["parts"]]
         if missing:
             raise ValueError(f"{', '.join(missing)} not traced yet; call trace() again, it goes on where it stopped")
-        graphs = {
-            name: StaticGraph(load_traced(directory / f"{name}.pt"), part["inputs"])
-            for name, part in manifest["parts"].items()
-        }
+        graphs = {name: load_traced(directory / f"{name}.pt") for name in manifest["parts"]}
+        if manifest["backend"] == "neuron":
+            import torch_neuronx
+
+            for name, part in manifest["parts"].items():
+                if part["state"]:  # it comes to the host with the file, and would travel in every call
+                    torch_neuronx.move_trace_to_device(graphs[name], core)
         return cls(
             BlipConfig.from_dict(manifest["config"]),
-            graphs,
+            {name: StaticGraph(graphs[name], part["inputs"]) for name, part in manifest["parts"].items()},
             shapes,
             GenerationConfig.from_dict(manifest["generation_config"]),
             _decoders()[manifest["decoder"]][1],
@@ -1754,7 +1762,7 @@ def load_replicas(directory, n):
     replicas = []
     for core in range(n):
         with torch_neuronx.neuron_cores_context(start_nc=core, nc_count=1):
-            replicas.append(NeuronBlipForQuestionAnswering.from_pretrained(directory))
+            replicas.append(NeuronBlipForQuestionAnswering.from_pretrained(directory, core))
     return replicas
 
 
@@ -2498,7 +2506,7 @@ class ImitatedAutoCast(TorchDispatchMode):
     def _round(self, value):
         if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
             return value.to(self.dtype).float()
-        return [self._round(item) for item in value] if isinstance(value, list | tuple) else value
+        return type(value)(map(self._round, value)) if isinstance(value, list | tuple) else value
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -2511,9 +2519,9 @@ class ImitatedAutoCast(TorchDispatchMode):
         result = function(*args, **kwargs)
         if self.cast != "all":
             return result
-        if function._schema.is_mutable:  # what it wrote to stays where it is
-            return result.copy_(self._round(result)) if isinstance(result, torch.Tensor) else result
-        return self._round(result) if isinstance(result, torch.Tensor) else tuple(self._round(result))
+        # What an operator wrote to stays where it is.
+        in_place = function._schema.is_mutable and isinstance(result, torch.Tensor)
+        return result.copy_(self._round(result)) if in_place else self._round(result)
 
 
 # A NeuronCore-v2 of an Inferentia2 chip, which has two: half of the published figures of the chip.
@@ -2547,24 +2555,33 @@ class Cost:
         return "arithmetic" if self.flops / CORE_FLOPS[dtype] > self.moved(dtype) / CORE_BYTES_PER_SECOND else "memory"
 
 
+class _Reads(TorchDispatchMode):
+    """Notes the ids of the tensors that an operator reads; an embedding looks up a few rows and does not count."""
+
+    def __init__(self):
+        super().__init__()
+        self.ids = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket != torch.ops.aten.embedding:
+            self.ids |= {id(value) for value in args if isinstance(value, torch.Tensor)}
+        return function(*args, **(kwargs or {}))
+
+
 def count_cost(module, example_inputs):
     """Count the `Cost` of a module; on the ``meta`` device nothing is computed.
 
-    An embedding that is only looked up counts nothing, so that the bound stays one.
+    Neither what is only looked up nor what the graph does not use counts, so that the bound stays one.
     """
-    state = {id(parameter) for parameter in _state(module)}
-    looked_up = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
-    multiplied = {id(part.weight) for part in module.modules() if isinstance(part, nn.Linear)}
-    flops, outputs = count_flops(module, example_inputs), module(*example_inputs)
+    state = _state(module)
+    with _Reads() as reads, torch.no_grad():
+        outputs = module(*example_inputs)
     outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
+    weights = [p for p in module.parameters() if id(p) in reads.ids and not any(p is kept for kept in state)]
     return Cost(
-        flops=flops,
-        weights=sum(
-            p.numel()
-            for p in module.parameters()
-            if id(p) not in state and (id(p) not in looked_up or id(p) in multiplied)
-        ),
-        state=sum(p.numel() * p.element_size() for p in _state(module)),
-        inputs=sum(t.numel() * t.element_size() for t in example_inputs),
-        outputs=sum(t.numel() * t.element_size() for t in outputs[: len(outputs) - len(state)]),
+        flops=count_flops(module, example_inputs),
+        weights=sum(parameter.numel() for parameter in weights),
+        state=sum(parameter.nbytes for parameter in state),
+        inputs=sum(tensor.nbytes for tensor in example_inputs),
+        outputs=sum(tensor.nbytes for tensor in outputs[: len(outputs) - len(state)]),
     )

@@ -1,0 +1,54 @@
+"""The notebooks on Neuron's path, as far as a machine without Neuron can tell: through the double of torch_neuronx."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOUBLE = ROOT / "tests" / "double"
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("0[1-5]_*.ipynb"))
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Run a copy of a notebook, which so writes into a build/ of its own; return it and the double's log."""
+    monkeypatch.syspath_prepend(ROOT)
+    import run_series
+
+    log = tmp_path / "traces.jsonl"
+    # Not on top of what is there: a kernel that cannot find the repository's modules would take installed ones.
+    monkeypatch.setenv("PYTHONPATH", f"{DOUBLE}:{ROOT}")
+    monkeypatch.setenv("QUESTIONS", "20")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TORCH_NEURONX_DOUBLE_LOG", str(log))
+    for name in ("BLIP_MODEL", "RESNET_MODEL", "TORCH_NEURONX_DOUBLE_DEVICE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run_copy(path):
+        (tmp_path / "notebooks").mkdir()
+        copied = Path(shutil.copy(path, tmp_path / "notebooks"))
+        notebook, _ = run_series.run(copied)
+        return notebook, [json.loads(line) for line in log.read_text().splitlines()]
+
+    yield run_copy
+    sys.modules.pop("run_series", None)
+
+
+def printed(notebook):
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    return "\n".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs_through_torch_neuronx(run, path):
+    notebook, traces = run(path)
+    assert "compiled cells run on: test double of torch_neuronx\n" in printed(notebook)
+    assert traces and all("--auto-cast" in trace["compiler_args"] for trace in traces)
+    if not path.stem.startswith("01"):  # which compares labels, not answers
+        assert sys.modules["run_series"].answers_verified(notebook) > 0
+    if path.stem.startswith("05"):
+        assert any(trace["states"] for trace in traces)
+        assert any("matmult" in trace["compiler_args"] for trace in traces)
