@@ -21,6 +21,7 @@ import json
 import linecache
 import multiprocessing
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -238,8 +239,8 @@ def trace_module(
     example_inputs : Tensor or tuple of Tensor
         One call's inputs, on the CPU.
     input_output_aliases : dict of Parameter to int, optional
-        State: the output of that index stays inside as the parameter's next value and is not returned. Real outputs
-        come first.
+        State: the output of that index stays inside as the parameter's next value. Real outputs come first; the
+        stand-in returns those alone, on Neuron state may follow them, which nobody should read.
     backend : {"neuron", "cpu"}, optional
         By default `default_backend`.
     compiler_args : str or list of str, optional
@@ -301,12 +302,23 @@ def save_traced(traced, path):
         unfinished.unlink(missing_ok=True)
 
 
-def load_traced(path):
-    """Load a traced module; on Neuron this places it on a NeuronCore. Works in every grad and inference mode."""
-    if default_backend() == "neuron":
-        import torch_neuronx  # noqa: F401 (it teaches torch to read Neuron's files)
+def load_traced(path, *, core=None, with_state=False):
+    """Load a traced module, in any grad and inference mode; on Neuron onto the NeuronCore `core`, or the next one.
+
+    State comes to the host with the file: `with_state`, which needs a `core`, takes it to that core.
+    """
     with torch.inference_mode(False):
-        return torch.jit.load(str(path))
+        if default_backend() != "neuron":
+            return torch.jit.load(str(path))
+        import torch_neuronx  # without it torch cannot read Neuron's files
+
+        if core is None:
+            return torch.jit.load(str(path))
+        with torch_neuronx.neuron_cores_context(start_nc=core, nc_count=1):
+            traced = torch.jit.load(str(path))
+        if with_state:  # as AWS's T5 tutorial does; otherwise it would travel in every call
+            torch_neuronx.move_trace_to_device(traced, core)
+        return traced
 
 
 def describe_inputs(module, example_inputs):
@@ -836,8 +848,8 @@ class NeuronBlipForQuestionAnswering(BlipForQuestionAnswering):
         return torch.device("cpu")
 
     @classmethod
-    def from_pretrained(cls, directory, core=0):
-        """Load what `trace` left in `directory`; on Neuron, with the state of a cached decoder on NeuronCore `core`.
+    def from_pretrained(cls, directory, *, core=0):
+        """Load what `trace` left in `directory`, on Neuron onto the NeuronCore `core`.
 
         Raises
         ------
@@ -856,13 +868,10 @@ class NeuronBlipForQuestionAnswering(BlipForQuestionAnswering):
         missing = [name for name in wanted if name not in manifest["parts"]]
         if missing:
             raise ValueError(f"{', '.join(missing)} not traced yet; call trace() again, it goes on where it stopped")
-        graphs = {name: load_traced(directory / f"{name}.pt") for name in manifest["parts"]}
-        if manifest["backend"] == "neuron":
-            import torch_neuronx
-
-            for name, part in manifest["parts"].items():
-                if part["state"]:  # it comes to the host with the file, and would travel in every call
-                    torch_neuronx.move_trace_to_device(graphs[name], core)
+        graphs = {
+            name: load_traced(directory / f"{name}.pt", core=core, with_state=bool(part["state"]))
+            for name, part in manifest["parts"].items()
+        }
         return cls(
             BlipConfig.from_dict(manifest["config"]),
             {name: StaticGraph(graphs[name], part["inputs"]) for name, part in manifest["parts"].items()},
@@ -1755,15 +1764,7 @@ def round_matrices(module, dtype=torch.bfloat16):
 def load_replicas(directory, n):
     """Load what `trace` left in `directory` n times, each copy with a state of its own; on Neuron one a NeuronCore."""
     _count("n", n)
-    if _known_backend(read_manifest(directory)["backend"]) != "neuron":
-        return [NeuronBlipForQuestionAnswering.from_pretrained(directory) for _ in range(n)]
-    import torch_neuronx
-
-    replicas = []
-    for core in range(n):
-        with torch_neuronx.neuron_cores_context(start_nc=core, nc_count=1):
-            replicas.append(NeuronBlipForQuestionAnswering.from_pretrained(directory, core))
-    return replicas
+    return [NeuronBlipForQuestionAnswering.from_pretrained(directory, core=core) for core in range(n)]
 
 
 def count_flops(module, example_inputs):
@@ -1844,7 +1845,7 @@ class Lowered:
     line of Python behind an operator; ``dynamic`` the operators with a dimension that is not static; ``types`` those in
     the graph; ``on_host`` aten operators that ran on the host while the graph was recorded, with their line; ``unused``
     the inputs that are not in the graph; ``twice`` pairs of names of one weight; ``fingerprints`` one an example, equal
-    for equal graphs; ``outputs`` the results that XLA computed for each example.
+    for equal graphs; ``outputs`` the results that XLA computed for each example; ``inputs`` what it was lowered for.
     """
 
     text: str
@@ -1861,9 +1862,14 @@ class Lowered:
     fingerprints: tuple
     outputs: tuple
     key: str
+    inputs: dict
 
     def run(self, *inputs, state=()):
-        """Run this graph once more on XLA's CPU client: tuple of Tensor, the next state last."""
+        """Run this graph once more on XLA's CPU client: tuple of Tensor, the next state last.
+
+        Inputs of another shape or dtype are a `ValueError`. Without `state` it is what the module had.
+        """
+        check_inputs(inputs, self.inputs)
         return _xla_process().call("run", self.key, inputs, tuple(tensor.detach() for tensor in state))
 
     def save(self, path):
@@ -1899,10 +1905,10 @@ def lower_module(module, example_inputs, *, input_output_aliases=None):
 
 def _lower(module, examples, aliases):
     with torch.inference_mode(False), torch.no_grad():
-        answer = _xla_process().call(
-            "lower", module, [tuple(t.clone() for t in inputs) for inputs in examples], aliases
-        )
-    lowered = Lowered(**answer)
+        examples = [tuple(tensor.clone() for tensor in inputs) for inputs in examples]
+        _check_aliases(module, examples[0], aliases)
+        answer = _xla_process().call("lower", module, examples, aliases)
+    lowered = Lowered(**answer, inputs=describe_inputs(module, examples[0]))
     weakref.finalize(lowered, _xla_process().released.append, lowered.key)
     return lowered
 
@@ -2221,7 +2227,7 @@ class _Lowering:
             if any(any(s.get("isDynamicDimension", ())) for s in i["shape"].get("tupleShapes", [i["shape"]]))
         )
         return {
-            "text": text,
+            "text": re.sub(r", metadata=\{[^}]*\}", "", text),  # it names files of this machine
             "proto": proto,
             "parameters": tuple(parameters),
             "results": tuple(

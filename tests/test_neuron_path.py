@@ -23,6 +23,8 @@ def run(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", f"{DOUBLE}:{ROOT}")
     monkeypatch.setenv("QUESTIONS", "20")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # Threads that wait in a loop for a core that another process has make a notebook take ten times as long.
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     monkeypatch.setenv("TORCH_NEURONX_DOUBLE_LOG", str(log))
     for name in ("BLIP_MODEL", "RESNET_MODEL", "TORCH_NEURONX_DOUBLE_DEVICE"):
         monkeypatch.delenv(name, raising=False)
