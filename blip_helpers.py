@@ -2048,10 +2048,11 @@ def _another(name, example, position, longest, vocab_size, generator):
         return torch.randn(example.shape, generator=generator)
     if name == "position":
         return torch.full_like(example, position)
-    if name.endswith("attention_mask"):  # one token, two (in the first row), all but one a row
-        ones = example.shape[-1] if position == longest - 1 else position + 1
-        fewer = torch.arange(len(example))[:, None].clamp(max=ones - 1)
-        return (torch.arange(example.shape[-1]) < ones - fewer).to(example.dtype)
+    if name.endswith("attention_mask"):  # all ones at the last position; else so many, one less in the other rows
+        full = position == longest - 1
+        ones = torch.full((len(example), 1), example.shape[-1] if full else position + 1)
+        ones[1:] -= int(position == 1)
+        return (torch.arange(example.shape[-1]) < ones).to(example.dtype)
     if name == "beam_rows":
         return example.flip(0) if position else torch.zeros_like(example)
     return torch.randint(vocab_size, example.shape, generator=generator)

@@ -102,6 +102,8 @@ def main():
         for path in (path for path in paths if path.stem.startswith("06")):
             print(f"left out: {path.stem} takes torch-xla, which exists for Linux on x86-64 alone")
         paths = [path for path in paths if not path.stem.startswith("06")]
+        if not paths:
+            return
 
     BUILD.mkdir(exist_ok=True)
     done, rows = {}, []

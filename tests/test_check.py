@@ -260,6 +260,16 @@ def test_without_torch_xla_it_says_so(monkeypatch):
             call()
 
 
+def test_without_torch_xla_the_series_leaves_notebook_06_out(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT)
+    import run_series
+
+    monkeypatch.setattr("run_series.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["run_series.py", str(ROOT / "notebooks" / "06_check_before_inf2.ipynb")])
+    run_series.main()
+    assert capsys.readouterr().out.startswith("left out: 06_check_before_inf2 takes torch-xla")
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
