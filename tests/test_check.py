@@ -159,8 +159,15 @@ def test_what_fails_is_named(function, words):
 
 
 @needs_xla
-def test_a_value_in_the_graph_shows_in_the_second_example():
-    found = findings(lambda self, x: x + torch.tensor(x.sum().item(), device=x.device))
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda self, x: x + torch.tensor(x.sum().item(), device=x.device),  # in the HLO
+        lambda self, x: x * float(x.max()),  # among its parameters
+    ],
+)
+def test_a_value_in_the_graph_shows_in_the_second_example(function):
+    found = findings(function)
     assert any("example 2 gives another graph" in finding for finding in found)
     assert any("differ from eager" in finding and "example 2" in finding for finding in found)
 
