@@ -210,6 +210,16 @@ def test_a_graph_of_a_process_that_ended_is_refused():
 
 
 @needs_xla
+def test_a_graph_that_nobody_holds_is_released():
+    lowered = bh.lower_module(Apply(lambda self, x: x + 1), X)
+    key = lowered.key
+    del lowered
+    bh.lower_module(Apply(lambda self, x: x + 1), X)
+    with pytest.raises(RuntimeError, match="lower the module again"):
+        bh._xla_process().call("run", key, (X,), ())
+
+
+@needs_xla
 @pytest.mark.parametrize("wrong", [X[:1], X.double(), X.T])
 def test_a_lowered_graph_refuses_other_shapes_and_dtypes(wrong):
     lowered = bh.lower_module(Counter(), X)
