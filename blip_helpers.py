@@ -269,12 +269,13 @@ def trace_module(
             import torch_neuronx
 
             args = _as_list(neuron_compiler_args() if compiler_args is None else compiler_args)
+            targeted = any(arg.partition("=")[0] == "--target" for arg in args)
             on_cpu = {"cpu_backend": True} if cpu_backend else {}
             return torch_neuronx.trace(
                 module,
                 example_inputs,
                 input_output_aliases=aliases,
-                compiler_args=args + (["--target", "inf2"] if cpu_backend and "--target" not in str(args) else []),
+                compiler_args=args + (["--target", "inf2"] if cpu_backend and not targeted else []),
                 **on_cpu,
             )
         return _trace_for_cpu(module, example_inputs, aliases)
@@ -1844,8 +1845,9 @@ class Lowered:
     graph; ``parameters`` and ``results`` tuples of `HloValue`; ``operators`` counts of HLO operators; ``where`` the
     line of Python behind an operator; ``dynamic`` the operators with a dimension that is not static; ``types`` those in
     the graph; ``on_host`` aten operators that ran on the host while the graph was recorded, with their line; ``unused``
-    the inputs that are not in the graph; ``twice`` pairs of names of one weight; ``fingerprints`` one an example, equal
-    for equal graphs; ``outputs`` the results that XLA computed for each example; ``inputs`` what it was lowered for.
+    the inputs and state that no result depends on; ``twice`` pairs of names of one weight; ``fingerprints`` one an
+    example, equal for equal graphs; ``outputs`` the results that XLA computed for each example; ``inputs`` what it was
+    lowered for.
     """
 
     text: str
@@ -1970,7 +1972,7 @@ def check_module(module, examples, *, input_output_aliases=None, bound=1e-4):
     first = describe_inputs(module, examples[0])
     for inputs in examples:
         check_inputs(inputs, first)
-    _xla_process()
+    _xla_process()  # that torch-xla is missing is no finding
     try:
         lowered = _lower(module, examples, aliases)
     except RuntimeError as error:
@@ -1988,9 +1990,7 @@ def check_module(module, examples, *, input_output_aliases=None, bound=1e-4):
     for name in lowered.types:
         if name in REFUSED_TYPES:
             findings.append(f"{name} is no type of Inf2{_at(lowered.where.get(name))} ({REFUSED_TYPES[name]})")
-    findings += [
-        f"input {name} is in no result: the compiler drops it, and calls must not pass it" for name in lowered.unused
-    ]
+    findings += [f"{name} is in no result: torch_neuronx drops it or fails on it" for name in lowered.unused]
     findings += [
         f"{first} and {second} are one weight, and the graph holds it twice" for first, second in lowered.twice
     ]
@@ -2018,10 +2018,22 @@ def check_module(module, examples, *, input_output_aliases=None, bound=1e-4):
     return Checked(tuple(findings), tuple(notes), lowered, worst)
 
 
+def parts_of_every_decoder(model, shapes, decoders=("padded", "cached", "greedy")):
+    """As `parts_to_trace`, of several decoders: each graph once, under its name behind that of the decoder."""
+    parts, kinds = {}, set()
+    for decoder in decoders:
+        for name, (module, example_inputs) in parts_to_trace(model, shapes, decoder).items():
+            if (name, type(module)) not in kinds:
+                parts[name if name == "vision_model" else f"{decoder} {name}"] = module, example_inputs
+            kinds.add((name, type(module)))
+    return parts
+
+
 def check_parts(parts, vocab_size):
     """Check each of `parts` (see `parts_to_trace`) on examples in which every value differs: yields name, `Checked`.
 
-    Masks are full, of one token, and ragged; positions are the first two and the last; state is random.
+    Masks are full, of one token, and ragged; positions are the first two and the last; state is overwritten with random
+    numbers.
     """
     generator = torch.Generator().manual_seed(0)
     for name, (module, example_inputs) in parts.items():
@@ -2174,8 +2186,8 @@ def _answer_calls(file_descriptor):
         except Exception as error:
             reason = (str(error).strip().splitlines() or [""])[0][:300]
             codes = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-            places = [(c.co_filename, line, c.co_qualname) for c, line in codes if _TORCH not in c.co_filename]
-            inside = [place for place in places if place[0] != __file__]
+            places = [(c.co_filename, line, c.co_qualname) for c, line in codes]
+            inside = [place for place in places if not place[0].startswith((_TORCH, __file__))]
             answer = False, (f"cannot be lowered: {type(error).__name__}: {reason}", (inside or [None])[-1])
         connection.send_bytes(_pack(answer))
 
@@ -2194,7 +2206,7 @@ class _Lowering:
         recorded = [_record(module, [tensor.to(device) for tensor in inputs], owners) for inputs in examples]
         context, inputs, results, operators = recorded[0]
         hlo = json.loads(context.hlo_json())
-        live = _live(hlo)
+        live, read = _live(hlo)
         for computation in hlo["computations"]:
             computation["instructions"] = [i for i in computation["instructions"] if i["id"] in live]
         hlo["computations"] = [c for c in hlo["computations"] if c["rootId"] in live]
@@ -2205,11 +2217,13 @@ class _Lowering:
         for name, tensor, slot in zip(names, inputs, slots, strict=True):
             if slot >= 0:
                 parameters[slot] = HloValue("input", name, *_type(tensor))
+        unused = [f"input {name}" for name, slot in zip(names, slots, strict=True) if slot not in read]
         state = []
         for kind, name, tensor in owners:
             slot = context.tensor_parameter_id(tensor)
             if kind == "state":
                 state.append(slot)
+                unused += [] if slot in read else [f"state {name}"]
             if slot >= 0:
                 parameters[slot] = HloValue(kind, name, *_type(tensor))
         kept = set(aliases.values())
@@ -2222,11 +2236,7 @@ class _Lowering:
         proto = _with_aliases(proto, pairs)
         text = torch_xla._XLAC._xla_computation_text(to_xla(f"aliased{key}", proto))
         instructions = [i for computation in hlo["computations"] for i in computation["instructions"]]
-        dynamic = (
-            i["opcode"]
-            for i in instructions
-            if any(any(s.get("isDynamicDimension", ())) for s in i["shape"].get("tupleShapes", [i["shape"]]))
-        )
+        dynamic = (i["opcode"] for i in instructions if any(any(s.get("isDynamicDimension", ())) for s in _shapes(i)))
         return {
             "text": re.sub(r", metadata=\{[^}]*\}", "", text),  # it names files of this machine
             "proto": proto,
@@ -2239,7 +2249,7 @@ class _Lowering:
             "dynamic": tuple(dict.fromkeys(dynamic)),
             "types": tuple(dict.fromkeys(name for i in instructions for name in _element_types(i))),
             "on_host": {name: (*at, operators.functions[at]) for name, at in operators.on_host.items()},
-            "unused": tuple(name for name, slot in zip(names, slots, strict=True) if slot < 0),
+            "unused": tuple(unused),
             "twice": _twice(parameters, by_number),
             "fingerprints": tuple(_fingerprint(context, inputs, owners) for context, inputs, *_ in recorded),
             "outputs": tuple(self.run(key, inputs, None) for inputs in examples),
@@ -2314,7 +2324,7 @@ class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         frame = sys._getframe(1)
-        while frame and _TORCH in frame.f_code.co_filename:
+        while frame and frame.f_code.co_filename.startswith(_TORCH):
             frame = frame.f_back
         place = (frame.f_code.co_filename, frame.f_lineno) if frame else ("", 0)
         self.functions[place] = frame.f_code.co_qualname if frame else ""
@@ -2324,7 +2334,7 @@ class _Operators(TorchDispatchMode):
         return result
 
 
-_TORCH = f"{os.sep}torch{os.sep}"
+_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 
 
 def _places(hlo, functions):
@@ -2343,9 +2353,12 @@ def _places(hlo, functions):
     return places
 
 
+def _shapes(instruction):
+    return instruction["shape"].get("tupleShapes", [instruction["shape"]])
+
+
 def _element_types(instruction):
-    shapes = instruction["shape"].get("tupleShapes", [instruction["shape"]])
-    return [_HLO_TYPES.get(shape["elementType"], shape["elementType"]) for shape in shapes]
+    return [_HLO_TYPES.get(shape["elementType"], shape["elementType"]) for shape in _shapes(instruction)]
 
 
 def _type(tensor):
@@ -2385,9 +2398,10 @@ def _fingerprint(context, inputs, owners):
 
 
 def _live(hlo):
-    """The ids of instructions that a result depends on, as text.
+    """The ids, as text, of the instructions that a result depends on, and the numbers of the parameters among them.
 
-    torch-xla records what nothing uses, such as the indices of a max pooling; torch_neuronx drops it.
+    torch-xla records what nothing uses, such as the indices of a max pooling; torch_neuronx drops it. All parameters
+    are kept: they are the signature of a computation.
     """
     computations = {computation["id"]: computation for computation in hlo["computations"]}
     instructions = {i["id"]: i for computation in hlo["computations"] for i in computation["instructions"]}
@@ -2398,8 +2412,10 @@ def _live(hlo):
             live.add(number)
             called = [computations[c]["rootId"] for c in instructions[number].get("calledComputationIds", ())]
             waiting += [*instructions[number].get("operandIds", ()), *called]
-    # The parameters of a computation are its signature, used or not.
-    return live | {number for number, i in instructions.items() if i["opcode"] == "parameter"}
+    parameters = {number for number, i in instructions.items() if i["opcode"] == "parameter"}
+    entry = {i["id"] for i in computations[hlo["entryComputationId"]]["instructions"]}
+    read = {int(instructions[number].get("parameterNumber", 0)) for number in live & parameters & entry}
+    return live | parameters, read
 
 
 def _without_dead_code(proto, live):

@@ -28,43 +28,33 @@ def resnet_parts(source):
     return {"resnet": (bh.Logits(model), (torch.zeros(1, 3, size, size),))}
 
 
-def graphs_of(source, shapes, decoders):
-    """Every graph of a checkpoint: names, parts and the size of the vocabulary, one entry for each set of graphs."""
-    source = source or bh.os.environ.get("BLIP_MODEL") or bh.MODELS / "tiny-blip-vqa"
-    kind = AutoConfig.from_pretrained(source).model_type
+def parts_of(source, shapes, decoders):
+    """Every graph of a checkpoint, and the size of its vocabulary."""
+    kind = AutoConfig.from_pretrained(source).model_type if source else "blip"
     if kind == "resnet":
-        return [("", resnet_parts(source), 0)]
+        return resnet_parts(source), 0
     if kind != "blip":
         raise ValueError(f"{source} is a {kind}; this series compiles blip and resnet")
     model, _ = bh.load_blip(source)
-    sets, seen = [], set()
-    for decoder in decoders:
-        parts = bh.parts_to_trace(model, shapes, decoder)
-        new = {name: part for name, part in parts.items() if (name, type(part[0])) not in seen}
-        seen |= {(name, type(module)) for name, (module, _) in parts.items()}
-        sets.append((f"{decoder} ", new, model.config.text_config.vocab_size))
-    return sets
+    return bh.parts_of_every_decoder(model, shapes, decoders), model.config.text_config.vocab_size
 
 
 def check(arguments):
     """Lower and check every graph; a table, then what was found. Returns the number of findings."""
-    sets = graphs_of(arguments.model, shapes_of(arguments), arguments.decoders)
+    parts, vocab_size = parts_of(arguments.model, shapes_of(arguments), arguments.decoders)
     print(
         f"{'graph':<26}{'operators':>10}{'inputs':>8}{'state':>7}{'weights':>12}{'GFLOP':>9}{'difference':>12}  found"
     )
-    findings, notes, total = [], {}, 0
-    for prefix, parts, vocab_size in sets:
-        for name, checked in bh.check_parts(parts, vocab_size):
-            label = name if name == "vision_model" or not prefix else prefix + name
-            total += 1
-            findings += [f"{label}: {finding}" for finding in checked.findings]
-            notes |= dict.fromkeys(checked.notes)
-            print(f"{label:<26}{row_of(checked, parts[name])}", flush=True)
+    findings, notes = [], {}
+    for name, checked in bh.check_parts(parts, vocab_size):
+        findings += [f"{name}: {finding}" for finding in checked.findings]
+        notes |= dict.fromkeys(checked.notes)
+        print(f"{name:<26}{row_of(checked, parts[name])}", flush=True)
     for line in findings:
         print(f"FOUND {line}")
     for line in notes:
         print(f"note  {line}")
-    print(f"{total} graphs checked, {len(findings)} findings. Nothing was compiled: neuronx-cc has the last word.")
+    print(f"{len(parts)} graphs checked, {len(findings)} findings. Nothing was compiled: neuronx-cc has the last word.")
     return len(findings)
 
 

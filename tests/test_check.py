@@ -178,6 +178,18 @@ def test_an_unused_input_is_named():
     assert found.startswith("input number 1 is in no result")
 
 
+class Overwritten(Counter):
+    def forward(self, x):
+        return x * 2, x + 1
+
+
+@needs_xla
+def test_state_that_is_never_read_is_named():
+    module = Overwritten()
+    (found,) = bh.check_module(module, [(X,), (Y,)], input_output_aliases={module.total: 1}).findings
+    assert found.startswith("state total is in no result")
+
+
 @needs_xla
 def test_a_weight_that_is_there_twice_is_named():
     module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
