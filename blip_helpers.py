@@ -2300,7 +2300,8 @@ def _record(module, inputs, owners):
     import torch_xla
     from torch_xla.debug import metrics
 
-    torch_xla.sync()  # a number that is not on the device yet would become a constant
+    # A number that is not on the device yet would become a constant; until it is there its handle may still change.
+    torch_xla.sync(wait=True)
     metrics.clear_all()
     with _Operators(metrics.counter_names) as operators:
         results = module(*inputs)

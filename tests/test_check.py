@@ -98,6 +98,13 @@ def test_a_number_is_an_input_and_no_constant(value):
     assert torch.equal(lowered.run(X, torch.tensor(7.0))[0], 7 * X)
 
 
+@needs_xla
+def test_a_number_is_on_the_device_before_its_graph_is_recorded():
+    # A thousand times, because what is seen too early depends on which thread is first.
+    module, example = Apply(lambda self, x, scale: x * scale), (X, torch.tensor(1.0))
+    assert bh.check_module(module, [example] * 1000).findings == ()
+
+
 class Counter(nn.Module):
     def __init__(self):
         super().__init__()
