@@ -1236,7 +1236,7 @@ def _trace_parts(model, directory, shapes, decoder, greedy, dtype, backend, comp
             "inputs": describe_inputs(module, example_inputs),
             "state": {f"state {i}": _describe(parameter) for i, parameter in enumerate(_state(module))},
             "dtype": str(dtype).removeprefix("torch."),
-            "weights": _hash_weights(module),
+            "weights": hash_weights(module),
             "config": _hash_config(config),
             "backend": backend,
             "compiler_args": _as_list(compiler_args),
@@ -1340,7 +1340,8 @@ def _state(module):
     return list(getattr(module, "state", []))
 
 
-def _hash_weights(module):
+def hash_weights(module):
+    """SHA-256 of the names and values of a module's weights, without its state: str, as in the manifest of `trace`."""
     digest, state = hashlib.sha256(), {id(parameter) for parameter in _state(module)}
     for name, tensor in module.state_dict(keep_vars=True).items():
         if id(tensor) in state:
@@ -1794,13 +1795,12 @@ _ERRORS = f"{_DOCS}/compiler/error-codes"
 # still be refused.
 REFUSED_OPERATORS = {
     "conditional": _JAX_PAGE,
-    "custom-call": f"{_ERRORS}/EHCA005.html",
+    "custom-call": f"{_ERRORS}/EHCA005.html",  # it takes targets of its own, which are not there on a CPU
     "fft": f"{_TRACE_PAGE.replace('-trace.html', '-analyze.html')}",
     "reduce-precision": _JAX_PAGE,
     "set-dimension-size": "https://github.com/aws-neuron/aws-neuron-sdk/issues/1144",
     "sort": _TRACE_PAGE,
     "triangular-solve": f"{_ERRORS}/EVRF001.html",
-    "while": _JAX_PAGE,
 }
 REFUSED_TYPES = {
     "float64": _TYPES_PAGE,
@@ -1808,9 +1808,14 @@ REFUSED_TYPES = {
     "complex128": f"{_ERRORS}/EVRF004.html",
 }
 DYNAMIC_SHAPES = f"{_ERRORS}/EMOD025.html"
-# Not refused, but reported: a model that calls torch.erf itself did not compile on SDK 2.21. In BERT, which AWS
-# publishes numbers for, erf comes from gelu, as it does in BLIP.
-REPORTED_OPERATORS = {"erf": "https://github.com/aws-neuron/aws-neuron-sdk/issues/1081"}
+# Not refused, or not always: what is said of them, and where. On Neuron erf, topk and argmax may become operators of
+# the compiler's own, AwsNeuronErf, AwsNeuronTopK and AwsNeuronArgMax (on the page of EHCA005), which no CPU shows.
+REPORTED_OPERATORS = {
+    "erf": ("did not compile in one model on SDK 2.21", "https://github.com/aws-neuron/aws-neuron-sdk/issues/1081"),
+    "topk": ("is a sort on a CPU, and taken by neuronx-cc for floating point", f"{_ERRORS}/EVRF013.html"),
+    "variadic reduce": ("is not supported in JAX; argmax is one on a CPU", _JAX_PAGE),
+    "while": ("is supported if it is static", _JAX_PAGE),
+}
 
 _HLO_TYPES = {
     "PRED": "bool",
@@ -2011,9 +2016,9 @@ def check_module(module, examples, *, input_output_aliases=None, bound=1e-4):
                 findings.append(f"the graph's results differ from eager by {difference:.0e} on example {number}")
                 break
     notes = [
-        f"{operator} was reported as unsupported{_at(lowered.where.get(operator))} ({REPORTED_OPERATORS[operator]})"
-        for operator in lowered.operators
-        if operator in REPORTED_OPERATORS
+        f"{operator} {said}{_at(lowered.where.get(operator))} ({source})"
+        for operator, (said, source) in REPORTED_OPERATORS.items()
+        if operator in lowered.operators
     ]
     return Checked(tuple(findings), tuple(notes), lowered, worst)
 
@@ -2210,6 +2215,7 @@ class _Lowering:
         for computation in hlo["computations"]:
             computation["instructions"] = [i for i in computation["instructions"] if i["id"] in live]
         hlo["computations"] = [c for c in hlo["computations"] if c["rootId"] in live]
+        places = _name(hlo, operators)
         by_number = dict(context.device_parameter_id_tensor_mapping())
         parameters = [HloValue("constant", f"constant {n}", *_type(by_number[n])) for n in range(len(by_number))]
         names = _input_names(module, len(inputs))
@@ -2245,7 +2251,7 @@ class _Lowering:
                 HloValue("state" if i in kept else "output", f"result {i}", *t) for i, t in enumerate(results)
             ),
             "operators": dict(collections.Counter(i["opcode"] for i in instructions).most_common()),
-            "where": _places(hlo, operators.functions),
+            "where": places,
             "dynamic": tuple(dict.fromkeys(dynamic)),
             "types": tuple(dict.fromkeys(name for i in instructions for name in _element_types(i))),
             "on_host": {name: (*at, operators.functions[at]) for name, at in operators.on_host.items()},
@@ -2320,7 +2326,7 @@ class _Operators(TorchDispatchMode):
 
     def __init__(self, counters):
         super().__init__()
-        self.counters, self.functions, self.on_host = counters, {}, {}
+        self.counters, self.functions, self.called, self.on_host = counters, {}, {}, {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -2329,6 +2335,7 @@ class _Operators(TorchDispatchMode):
             frame = frame.f_back
         place = (frame.f_code.co_filename, frame.f_lineno) if frame else ("", 0)
         self.functions[place] = frame.f_code.co_qualname if frame else ""
+        self.called.setdefault(place, set()).add(function._schema.name)
         for name in self.counters():
             if name.startswith("aten::"):
                 self.on_host.setdefault(name, place)
@@ -2338,8 +2345,12 @@ class _Operators(TorchDispatchMode):
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 
 
-def _places(hlo, functions):
-    """For each operator and element type of a graph the first line of Python that it comes from, outside of torch."""
+def _name(hlo, operators):
+    """Name apart what neuronx-cc may have an operator of its own for: a sort that comes from topk, in floating point,
+    and a reduction of several tensors at once, such as of numbers and their indices.
+
+    Returns for each operator and element type of a graph the first line of Python that it comes from, outside of torch.
+    """
     index, places = hlo.get("stackFrameIndex", {}), {}
     for instruction in (i for computation in hlo["computations"] for i in computation["instructions"]):
         number, place = instruction.get("metadata", {}).get("stackFrameId"), None
@@ -2347,10 +2358,15 @@ def _places(hlo, functions):
             frame = index["stackFrames"][number - 1]
             location = index["fileLocations"][frame["fileLocationId"] - 1]
             line = index["fileNames"][location["fileNameId"] - 1], location["line"]
-            place, number = line if line in functions else None, frame.get("parentFrameId")
+            place, number = line if line in operators.functions else None, frame.get("parentFrameId")
+        types = _element_types(instruction)
+        if instruction["opcode"] == "sort" and "aten::topk" in operators.called.get(place, ()) and "float" in types[0]:
+            instruction["opcode"] = "topk"
+        if instruction["opcode"] == "reduce" and len(types) > 1:
+            instruction["opcode"] = "variadic reduce"
         if place:
-            for name in (instruction["opcode"], *_element_types(instruction)):
-                places.setdefault(name, (*place, functions[place]))
+            for name in (instruction["opcode"], *types):
+                places.setdefault(name, (*place, operators.functions[place]))
     return places
 
 

@@ -150,19 +150,35 @@ def test_a_graph_runs_on_other_inputs_than_its_example(tiny):
     [
         (lambda self, x: x[x > 0].sum(), ("aten::nonzero", "becomes a constant")),
         (lambda self, x: x.sort(dim=-1).values, ("sort is refused", "api-torch-neuronx-trace")),
-        (lambda self, x: x.topk(2).values, ("sort is refused", "api-torch-neuronx-trace")),
+        (lambda self, x: x.int().topk(2).values, ("sort is refused", "api-torch-neuronx-trace")),
         (lambda self, x: x * float(x.max()), ("read in Python", "becomes a constant")),
         (branch, ("read in Python", "test_check.py", "if x.sum() > -100")),
         (lambda self, x: x.double().sum().float(), ("float64 is no type", "data-types")),
         (lambda self, x: x + F.interpolate(self.weight, (6, 6), mode="bicubic").sum(), ("upsample_bicubic2d",)),
-        (lambda self, x: torch.linalg.svdvals(x), ("while is refused",)),
         (lambda self, x: torch.where(x > 0, x, torch.zeros(4)), ("cannot be lowered", "Expected XLA tensor")),
         (lambda self, x: torch.zeros(2), ("result 0", "computed on the host")),
     ],
-    ids=["nonzero", "sort", "topk", "item", "branch", "float64", "bicubic", "while", "cpu", "host"],
+    ids=["nonzero", "sort", "topk", "item", "branch", "float64", "bicubic", "cpu", "host"],
 )
 def test_what_fails_is_named(function, words):
     assert any(all(word in finding for word in words) for finding in findings(function)), findings(function)
+
+
+@needs_xla
+@pytest.mark.parametrize(
+    ("function", "operator", "page"),
+    [
+        (lambda self, x: torch.erf(x), "erf", "issues/1081"),
+        (lambda self, x: x.topk(2).values, "topk", "EVRF013"),
+        (lambda self, x: x.argmax(dim=-1), "variadic reduce", "jax-neuronx-known-issues"),
+        (lambda self, x: torch.linalg.svdvals(x), "while", "jax-neuronx-known-issues"),
+    ],
+    ids=["erf", "topk", "argmax", "while"],
+)
+def test_what_may_be_refused_is_a_note(function, operator, page):
+    checked = bh.check_module(Apply(function), [(X,), (Y,)])
+    (note,) = (note for note in checked.notes if note.startswith(operator))
+    assert page in note and not any(finding.startswith(operator) for finding in checked.findings)
 
 
 @needs_xla
