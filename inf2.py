@@ -83,8 +83,10 @@ def compile_(arguments):
         greedy=arguments.greedy,
         dtype=dtype,
     )
+    model = f" --model {arguments.model}" if arguments.model else ""
     print(
-        f"compiled for Inf2, not run: copy {arguments.directory} to the instance, then: python inf2.py report DIRECTORY"
+        f"compiled for Inf2, not run. Copy {arguments.directory} to the instance, then run there: "
+        f"python inf2.py report {arguments.directory}{model}"
     )
 
 
@@ -97,6 +99,13 @@ def report(arguments):
     manifest = bh.read_manifest(arguments.directory)
     if manifest["decoder"] == "greedy":
         raise ValueError("this artifact returns no logits to compare: report one that was traced with greedy=False")
+    parts = bh.parts_to_trace(model, compiled.shapes, manifest["decoder"])
+    for name, (module, _) in parts.items():
+        if bh.hash_weights(module) != manifest["parts"][name]["weights"]:
+            raise ValueError(
+                f"{arguments.directory} was traced from other weights than those of {model.name_or_path}: name its "
+                "model with --model, a directory or a hub name"
+            )
     asked = bh.question_count(arguments.questions)
     verified = list(bh.progress(bh.verify(compiled, model, processor, examples("held-out", asked)), asked))
     equal = sum(row.actual == row.expected for row in verified)
@@ -112,14 +121,11 @@ def report(arguments):
         ("largest logit difference", f"{max(row.difference for row in verified):.1e}"),
         ("loading", f"{loaded:.1f} s"),
     ]
-    graphs = {
-        "vision_model": compiled.vision_model.graph,
-        "text_encoder": compiled.text_encoder.graph,
-        "text_decoder": compiled.text_decoder.decoder.decoder,
-    }
-    for name, (_, inputs) in bh.parts_to_trace(model, compiled.shapes, manifest["decoder"]).items():
-        if name in graphs:
-            rows.append((f"{name}, a call", milliseconds(graphs[name], inputs)))
+    questions = compiled.text_encoder.graph  # where there are several lengths, a module of several graphs
+    graphs = [compiled.vision_model.graph, *getattr(questions, "graphs", [questions])]
+    graphs.append(compiled.text_decoder.decoder.decoder)
+    for graph, (name, (_, inputs)) in zip(graphs, parts.items(), strict=True):
+        rows.append((f"{name}, a call", milliseconds(graph, inputs)))
     question = next(examples("held-out", 1))
     answer = lambda: bh.infer(compiled, processor, question.question, question.image)  # noqa: E731
     rows.append(("one question, end to end", milliseconds(answer, ())))

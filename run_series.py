@@ -1,4 +1,7 @@
-"""Run the notebooks in order and leave them as HTML in ``build/``: ``python run_series.py [--store] [NOTEBOOK]``."""
+"""Run the notebooks in order and leave them as HTML in ``build/``: ``python run_series.py [--store] [NOTEBOOK]``.
+
+The first cell that fails ends it, and its notebook's page shows what came before.
+"""
 
 import argparse
 import importlib.util
@@ -50,7 +53,9 @@ def run(path):
             except (CellExecutionError, RuntimeError) as error:  # the latter where the kernel died
                 bar.close()
                 last_lines = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip().splitlines()[-8:]
-                sys.exit("\n    ".join([f"FAILED: {path.name}, cell [{number}]: {first_line}", *last_lines]))
+                page = leave_page(notebook, path)
+                why = [f"FAILED: {path.name}, cell [{number}]: {first_line}", *last_lines, f"as far as it went: {page}"]
+                sys.exit("\n    ".join(why))
             except KeyboardInterrupt:
                 client.shutdown_kernel = "immediate"
                 raise
@@ -76,6 +81,14 @@ def as_html(notebook, path):
     html, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": path.stem, "path": str(path.parent)}})
     html = re.sub(r"<script\b.*?</script>", "", html, flags=re.DOTALL)
     return re.sub(r'href="(\w+)\.ipynb', r'href="\1.html', html)
+
+
+def leave_page(notebook, path):
+    """Write a notebook's page into build/, and return its path from the repository."""
+    BUILD.mkdir(exist_ok=True)
+    page = BUILD / f"{path.stem}.html"
+    write(page, as_html(notebook, path))
+    return page.relative_to(ROOT)
 
 
 def write(path, text):
@@ -105,12 +118,11 @@ def main():
         if not paths:
             return
 
-    BUILD.mkdir(exist_ok=True)
     done, rows = {}, []
     for path in paths:
         start = time.perf_counter()
         done[path], cells = run(path)
-        write(BUILD / f"{path.stem}.html", as_html(done[path], path))
+        leave_page(done[path], path)
         rows.append((path.stem, cells, time.perf_counter() - start, answers_verified(done[path])))
     if arguments.store:
         for path, notebook in done.items():

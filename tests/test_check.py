@@ -312,16 +312,6 @@ def test_without_torch_xla_it_says_so(monkeypatch):
             call()
 
 
-def test_without_torch_xla_the_series_leaves_notebook_06_out(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(ROOT)
-    import run_series
-
-    monkeypatch.setattr("run_series.importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr(sys, "argv", ["run_series.py", str(ROOT / "notebooks" / "06_check_before_inf2.ipynb")])
-    run_series.main()
-    assert capsys.readouterr().out.startswith("left out: 06_check_before_inf2 takes torch-xla")
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -504,15 +494,25 @@ bh.trace(model, {str(tmp_path / "artifact")!r}, bh.BlipShapes(question_length=8,
 
 def test_the_report_is_a_table_of_what_came_out(tmp_path):
     model, _ = bh.load_blip(bh.MODELS / "tiny-blip-vqa")
-    bh.trace(model, tmp_path / "artifact", bh.BlipShapes(batch_size=4), backend="cpu")
+    shapes = bh.BlipShapes(batch_size=4, question_length=(8, 16))
+    bh.trace(model, tmp_path / "artifact", shapes, backend="cpu")
     done = inf2("report", tmp_path / "artifact", "--questions", 8)
     assert done.returncode == 0, done.stderr
     for row in (
         "| ran on | CPU stand-in for Neuron |",
         "| answers equal to eager | 8 of 8 |",
+        "| vision_model, a call |",
+        "| text_encoder_8, a call |",
+        "| text_encoder_16, a call |",
         "| text_decoder, a call |",
     ):
         assert row in done.stdout
+
+
+def test_the_report_is_of_the_model_that_was_traced(traced_directory):
+    done = inf2("report", traced_directory)
+    assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr
+    assert "traced from other weights" in done.stderr and "--model" in done.stderr
 
 
 def test_the_report_of_no_artifact_says_so(tmp_path):

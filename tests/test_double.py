@@ -62,7 +62,9 @@ class Returns(nn.Module):
 @pytest.fixture
 def double(monkeypatch):
     monkeypatch.syspath_prepend(DOUBLE)
-    for name in ("TORCH_NEURONX_DOUBLE_DEVICE", "TORCH_NEURONX_DOUBLE_LOG", "NEURON_PLATFORM_TARGET_OVERRIDE"):
+    for name in ("DEVICE", "LOG", "CORES"):
+        monkeypatch.delenv(f"TORCH_NEURONX_DOUBLE_{name}", raising=False)
+    for name in ("NEURON_PLATFORM_TARGET_OVERRIDE", "NEURON_RT_VISIBLE_CORES"):
         monkeypatch.delenv(name, raising=False)
     import torch_neuronx
 
@@ -357,6 +359,26 @@ def test_there_are_two_cores(double, stateful, wrong):
         pass
     with refuses(ValueError):
         double.move_trace_to_device(stateful, 2)
+
+
+def test_a_process_takes_every_core_that_it_sees(double, tmp_path, monkeypatch):
+    path = tmp_path / "relu.pt"
+    monkeypatch.setenv("TORCH_NEURONX_DOUBLE_CORES", str(tmp_path))
+    torch.jit.save(double.trace(nn.ReLU(), torch.ones(2)), path)
+    for visible in ("0", "1", "0-1"):
+        assert "NeuronCore(s) not available" in in_a_process(LOAD, path, NEURON_RT_VISIBLE_CORES=visible)
+
+
+def test_a_process_that_sees_one_core_leaves_the_other(double, tmp_path, monkeypatch):
+    path = tmp_path / "relu.pt"
+    monkeypatch.setenv("TORCH_NEURONX_DOUBLE_CORES", str(tmp_path))
+    monkeypatch.setenv("NEURON_RT_VISIBLE_CORES", "0")
+    torch.jit.save(double.trace(nn.ReLU(), torch.ones(2)), path)
+    assert [torch.jit.load(path).neff.core for _ in range(2)] == [0, 0]
+    assert "NeuronCore(s) not available" in in_a_process(LOAD, path, NEURON_RT_VISIBLE_CORES="0,1")
+    assert json.loads(in_a_process(LOAD, path, NEURON_RT_VISIBLE_CORES="1")) == [1.0, 1.0]
+    with refuses(ValueError), double.neuron_cores_context(1, 1):
+        pass
 
 
 def test_the_former_name_warns(double):

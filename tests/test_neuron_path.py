@@ -26,7 +26,8 @@ def run(monkeypatch, tmp_path):
     # Threads that wait in a loop for a core that another process has make a notebook take ten times as long.
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     monkeypatch.setenv("TORCH_NEURONX_DOUBLE_LOG", str(log))
-    for name in ("BLIP_MODEL", "RESNET_MODEL", "TORCH_NEURONX_DOUBLE_DEVICE"):
+    monkeypatch.setenv("TORCH_NEURONX_DOUBLE_CORES", str(tmp_path))  # a second process finds them taken
+    for name in ("BLIP_MODEL", "RESNET_MODEL", "TORCH_NEURONX_DOUBLE_DEVICE", "NEURON_RT_VISIBLE_CORES"):
         monkeypatch.delenv(name, raising=False)
 
     def run_copy(path):

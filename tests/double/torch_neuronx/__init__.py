@@ -11,6 +11,8 @@ From the AWS Neuron SDK documentation, https://awsdocs-neuron.readthedocs-hosted
   whose shapes depend on data are not supported; the result is saved and loaded as any ScriptModule and runs on Neuron
   devices alone; ``cpu_backend=True`` needs ``--target``; loading places a model on the cores in turn.
 - PyTorch NeuronX NeuronCore Placement APIs: ``neuron_cores_context`` acts on ``torch.jit.load`` inside it.
+- NeuronX Runtime Configuration: a process reserves all cores, or those of ``NEURON_RT_VISIBLE_CORES``, until
+  it ends, and counts them from 0; NRT status codes and Runtime Troubleshooting: "NeuronCore(s) not available".
 - Neuron Compiler CLI Reference Guide: flags and their values. Flags that are not in it are refused.
 - Data Types: there is no float64 on Inf2.
 - T5 inference tutorial: real outputs come first and are read by index; after loading, ``move_trace_to_device`` takes
@@ -27,10 +29,13 @@ lets the host read aliased outputs (here they are tensors on the meta device, wh
 does whose state was not moved (here it is refused).
 
 In the environment, ``TORCH_NEURONX_DOUBLE_DEVICE=0`` makes a host without a Neuron device (by default there is an
-inf2.xlarge: one chip, two cores), and ``TORCH_NEURONX_DOUBLE_LOG`` names a file that gets a line of JSON a trace.
+inf2.xlarge: one chip, two cores), ``TORCH_NEURONX_DOUBLE_LOG`` names a file that gets a line of JSON a trace, and
+``TORCH_NEURONX_DOUBLE_CORES`` a directory that stands for the chip: processes that share it share its cores.
 """
 
 import copy
+import fcntl
+import functools
 import json
 import os
 import shlex
@@ -119,8 +124,8 @@ def trace(
 def move_trace_to_device(trace, device_id):
     """Take the state to a core, in place: Parameters that were listed before are not the state any more."""
     _require_device()
-    if not isinstance(device_id, int) or not 0 <= device_id < CORES:
-        raise ValueError(f"{_SAYS}device_id is {device_id!r}; there are cores 0 to {CORES - 1}")
+    if not isinstance(device_id, int) or not 0 <= device_id < len(_cores()):
+        raise ValueError(f"{_SAYS}device_id is {device_id!r}; there are cores 0 to {len(_cores()) - 1}")
     trace.neff.core, trace.neff.moved = device_id, True
     for name, state in list(trace.named_parameters()):
         if name.startswith("state_"):
@@ -132,8 +137,9 @@ def neuron_cores_context(start_nc=-1, nc_count=-1):
     """Models that ``torch.jit.load`` loads inside go to the core `start_nc`; not thread safe."""
     global _pinned_core
     _require_device()
-    if start_nc not in range(-1, CORES) or nc_count not in (-1, *range(1, CORES + 1 - max(start_nc, 0))):
-        raise ValueError(f"{_SAYS}start_nc={start_nc!r}, nc_count={nc_count!r}: there are {CORES} cores")
+    cores = len(_cores())
+    if start_nc not in range(-1, cores) or nc_count not in (-1, *range(1, cores + 1 - max(start_nc, 0))):
+        raise ValueError(f"{_SAYS}start_nc={start_nc!r}, nc_count={nc_count!r}: there are {cores} cores")
     before, _pinned_core = _pinned_core, None if start_nc == -1 else start_nc
     try:
         yield
@@ -307,6 +313,26 @@ def _device_present():
 def _require_device():
     if not _device_present():
         raise RuntimeError(f"{_SAYS}The PyTorch Neuron Runtime could not be initialized: there is no Neuron device")
+    _cores()
+
+
+@functools.cache
+def _cores():
+    """The cores of this process, as locked files, which stay open as long as it lives."""
+    visible = []
+    for part in os.environ.get("NEURON_RT_VISIBLE_CORES", f"0-{CORES - 1}").split(","):
+        first, _, last = part.partition("-")
+        visible += range(int(first), int(last or first) + 1)
+    if not set(visible) <= set(range(CORES)):
+        raise RuntimeError(f"{_SAYS}NEURON_RT_VISIBLE_CORES names {visible}: there are cores 0 to {CORES - 1}")
+    chip = os.environ.get("TORCH_NEURONX_DOUBLE_CORES")
+    files = [open(os.path.join(chip, f"core{core}"), "w") if chip else None for core in visible]  # noqa: SIM115
+    try:
+        for file in filter(None, files):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RuntimeError(f"{_SAYS}NeuronCore(s) not available: another process has one of {visible}") from None
+    return files
 
 
 def _load(wanted):
@@ -315,8 +341,9 @@ def _load(wanted):
     _require_device()
     if _pinned_core is not None:
         return _pinned_core
-    _next_core = (_next_core + 1) % CORES
-    return (_next_core - 1) % CORES
+    core = _next_core % len(_cores())
+    _next_core += 1
+    return core
 
 
 def _forward(inputs, wanted, state_is_on_the_host):
