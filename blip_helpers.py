@@ -9,8 +9,8 @@ Facts about Neuron come from the AWS Neuron SDK documentation, https://awsdocs-n
 
 import ast
 import collections
+import contextlib
 import copy
-import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -28,10 +28,10 @@ import sys
 import tempfile
 import textwrap
 import threading
+import time
 import traceback
 import warnings
 import weakref
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -43,9 +43,11 @@ import cloudpickle
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     BlipConfig,
     BlipForQuestionAnswering,
@@ -91,7 +93,10 @@ def uses_bundled_models():
 
 def question_count(most=1000):
     """How many questions to ask: what ``QUESTIONS`` in the environment says, else 1,000 (20 for another checkpoint)."""
-    return min(most, int(os.environ.get("QUESTIONS") or (1000 if uses_bundled_models() else 20)))
+    given = os.environ.get("QUESTIONS") or ("1000" if uses_bundled_models() else "20")
+    if not given.isdecimal() or int(given) < 1:
+        raise ValueError(f"QUESTIONS is {given!r} in the environment: give a number, 20 or more")
+    return min(most, int(given))
 
 
 def check_close(actual, expected, bound):
@@ -158,8 +163,19 @@ def load_resnet(source=None):
     return model, ConvNextImageProcessorPil.from_pretrained(source)
 
 
+def load_config(source):
+    """The configuration of a checkpoint, which says what it is; a directory that does not exist is a `ValueError`."""
+    path = Path(source)
+    if not path.exists() and (path.is_absolute() or str(source).startswith((".", "~")) or len(path.parts) > 2):
+        raise ValueError(f"{source} does not exist: pass a directory or a hub name")
+    return AutoConfig.from_pretrained(source)
+
+
 def _load(model_class, source):
     """Load in fp32 and eval mode, as ordinary tensors even under inference mode, and without a bar on stderr."""
+    architectures = load_config(source).architectures or [model_class.__name__]
+    if model_class.__name__ not in architectures:  # its missing weights would be random numbers
+        raise ValueError(f"{source} is a {', '.join(architectures)}: pass a {model_class.__name__}")
     bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -294,10 +310,20 @@ class Logits(nn.Module):
 
 def save_traced(traced, path):
     """Save a traced module to `path` so that an interrupted save leaves the former file or none."""
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    with _whole_file(path) as file:
+        torch.jit.save(traced, file)
+
+
+@contextlib.contextmanager
+def _whole_file(path):
+    """A file to write to that takes the place of `path` when it is complete, and leaves nothing when it is not.
+
+    PyTorch gets the file, not its name: where it writes by itself, a full disk ends Python.
+    """
+    unfinished = Path(path).with_name(f".{Path(path).name}.unfinished")
     try:
-        torch.jit.save(traced, str(unfinished))
+        with open(unfinished, "wb") as file:
+            yield file
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -388,6 +414,8 @@ def _check_example(module, example_inputs, aliases):
     example_inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
     if not isinstance(module, nn.Module):
         raise ValueError(f"module is a {type(module).__name__}: pass an nn.Module, or wrap the function in one")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ValueError("module is a ScriptModule, which has been traced already: pass the module that it was made of")
     if not isinstance(example_inputs, tuple | list) or not example_inputs:
         raise ValueError(f"example_inputs is {_describe(example_inputs)}: pass a tuple of tensors, in forward's order")
     for name, example in zip(_input_names(module, len(example_inputs)), example_inputs, strict=True):
@@ -405,6 +433,8 @@ def _check_aliases(module, example_inputs, aliases):
     outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
     if aliases and len(outputs) == len(set(aliases.values())):
         raise ValueError("input_output_aliases takes every output: return a real one first, the state after it")
+    if len(set(aliases.values())) < len(aliases):
+        raise ValueError("input_output_aliases names an output twice: each is the next value of one parameter")
     for parameter, index in aliases.items():
         if not 0 <= index < len(outputs):
             raise ValueError(
@@ -482,7 +512,7 @@ def takes_positional_tensors_only(self, input: Tuple[{tensors}]) -> None:
     return torch.jit.script(guarded.train(training))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet_properties():
     """torch.jit.trace reads every property of a module, and some of transformers' warn when they are read."""
     verbosity = transformers_logging.get_verbosity()
@@ -612,7 +642,7 @@ class VisionModelWrapper(nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=image_embeds)
 
 
-@contextmanager
+@contextlib.contextmanager
 def acting_question_mask(model):
     """Let the question mask act in the cross-attention of `model` for the length of a ``with`` block.
 
@@ -1096,6 +1126,9 @@ def parts_to_trace(model, shapes, decoder="cached"):
     if decoder not in _decoders():
         raise ValueError(f"decoder is {decoder!r}; there are {', '.join(_decoders())}")
     text, vision = model.config.text_config, model.config.vision_config
+    longest = text.max_position_embeddings
+    if max(shapes.longest_question, shapes.answer_length) > longest:
+        raise ValueError(f"{shapes} is longer than the {longest} positions that this checkpoint has: shorten it")
     pixel_values = torch.zeros(1, 3, vision.image_size, vision.image_size)
     parts = {"vision_model": (NeuronVisionModel(model.vision_model), (pixel_values,))}
     image_embeds = torch.zeros(1, model.vision_model.embeddings.num_positions, vision.hidden_size)
@@ -1207,9 +1240,6 @@ def _trace_parts(model, directory, shapes, decoder, greedy, dtype, backend, comp
     others = {_describe(p).split()[0] for p in model.parameters()} - {"float32"}
     if others:
         raise ValueError(f"the model has weights in {', '.join(others)}; float32 is what is traced: call model.float()")
-    longest = model.config.text_config.max_position_embeddings
-    if max(shapes.longest_question, shapes.answer_length) > longest:
-        raise ValueError(f"{shapes} is longer than the {longest} positions that this checkpoint has: shorten it")
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file: pass a directory")
     if compiler_args is None:
@@ -1293,12 +1323,8 @@ def read_manifest(directory):
 
 
 def _write_manifest(directory, manifest):
-    unfinished = directory / ".manifest.json.unfinished"
-    try:
-        unfinished.write_text(json.dumps(manifest | {"sha256": _hash_json(manifest)}, indent=1))
-        os.replace(unfinished, directory / "manifest.json")
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with _whole_file(directory / "manifest.json") as file:
+        file.write(json.dumps(manifest | {"sha256": _hash_json(manifest)}, indent=1).encode())
 
 
 def _changes(known, wanted):
@@ -1775,7 +1801,7 @@ def count_flops(module, example_inputs):
     By ``torch.utils.flop_counter``, which leaves out all else (norms, softmax, sums). On the ``meta`` device nothing is
     computed.
     """
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         module(*example_inputs)
     return counter.get_total_flops()
 
@@ -1815,6 +1841,7 @@ REPORTED_OPERATORS = {
     "topk": ("is a sort on a CPU, and taken by neuronx-cc for floating point", f"{_ERRORS}/EVRF013.html"),
     "variadic reduce": ("is not supported in JAX; argmax is one on a CPU", _JAX_PAGE),
     "while": ("is supported if it is static", _JAX_PAGE),
+    "float64 number": ("is what torch-xla makes of a number in Python, to be converted", _TYPES_PAGE),
 }
 
 _HLO_TYPES = {
@@ -1874,14 +1901,18 @@ class Lowered:
     def run(self, *inputs, state=()):
         """Run this graph once more on XLA's CPU client: tuple of Tensor, the next state last.
 
-        Inputs of another shape or dtype are a `ValueError`. Without `state` it is what the module had.
+        Inputs or state of another number, shape or dtype are a `ValueError`. Without `state` it is what the module had.
         """
         check_inputs(inputs, self.inputs)
+        kept = [result for result in self.results if result.kind == "state"]
+        if state:
+            check_inputs(state, {f"state {i}": result.type for i, result in enumerate(kept)})
         return _xla_process().call("run", self.key, inputs, tuple(tensor.detach() for tensor in state))
 
     def save(self, path):
         """Write the proto to `path`, for ``neuronx-cc compile --framework XLA --target inf2 PATH``."""
-        Path(path).write_bytes(self.proto)
+        with _whole_file(path) as file:
+            file.write(self.proto)
 
 
 def lower_module(module, example_inputs, *, input_output_aliases=None):
@@ -1913,8 +1944,13 @@ def lower_module(module, example_inputs, *, input_output_aliases=None):
 def _lower(module, examples, aliases):
     with torch.inference_mode(False), torch.no_grad():
         examples = [tuple(tensor.clone() for tensor in inputs) for inputs in examples]
-        _check_aliases(module, examples[0], aliases)
-        answer = _xla_process().call("lower", module, examples, aliases)
+        _check_aliases(module, [tensor.clone() for tensor in examples[0]], aliases)
+        answer = _xla_process().call("lower", module, examples, aliases, _code(module))
+        if answer is None:  # a module was loaded again, or changed: a new child imports what is there now
+            _xla_process().end()
+            answer = _xla_process().call("lower", module, examples, aliases, _code(module))
+        if answer is None:
+            raise RuntimeError("cannot be lowered: a class of the module is another in this process than in its file")
     lowered = Lowered(**answer, inputs=describe_inputs(module, examples[0]))
     weakref.finalize(lowered, _xla_process().released.append, lowered.key)
     return lowered
@@ -1929,10 +1965,11 @@ class XlaGraph(nn.Module):
         self.state = nn.ParameterList(nn.Parameter(tensor.clone(), requires_grad=False) for tensor in state)
 
     def forward(self, *inputs):
-        output, *state = self.lowered.run(*inputs, state=self.state)
-        for parameter, value in zip(self.state, state, strict=True):
+        results = self.lowered.run(*inputs, state=self.state)
+        outputs = results[: len(results) - len(self.state)]
+        for parameter, value in zip(self.state, results[len(outputs) :], strict=True):
             parameter.copy_(value)
-        return output
+        return outputs[0] if len(outputs) == 1 else outputs
 
 
 @dataclass(frozen=True)
@@ -2008,7 +2045,11 @@ def check_module(module, examples, *, input_output_aliases=None, bound=1e-4):
     worst = 0.0
     with torch.no_grad():
         for number, (inputs, actual) in enumerate(zip(examples, lowered.outputs, strict=True), 1):
-            expected = module(*inputs)
+            try:
+                expected = module(*[tensor.clone() for tensor in inputs])
+            except Exception as error:  # such as an index that is too large, which XLA does not mind
+                findings.append(f"eager fails on example {number}: {type(error).__name__}: {error}")
+                break
             expected = expected if isinstance(expected, tuple | list) else (expected,)
             difference = max(_relative(a, e) for a, e in zip(actual, expected, strict=True))
             worst = worst if difference <= worst else difference  # a NaN stays one
@@ -2018,7 +2059,7 @@ def check_module(module, examples, *, input_output_aliases=None, bound=1e-4):
     notes = [
         f"{operator} {said}{_at(lowered.where.get(operator))} ({source})"
         for operator, (said, source) in REPORTED_OPERATORS.items()
-        if operator in lowered.operators
+        if operator in lowered.operators or operator in lowered.types
     ]
     return Checked(tuple(findings), tuple(notes), lowered, worst)
 
@@ -2078,10 +2119,14 @@ def _another(name, example, position, longest, vocab_size, generator):
 def _relative(actual, expected):
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return float("inf")
+    alike = (actual == expected) | (actual.isnan() & expected.isnan())  # infinities as well
+    if alike.all():
+        return 0.0
     if not expected.is_floating_point():
-        return float(not torch.equal(actual, expected))
+        return 1.0
+    actual, expected = actual.masked_fill(alike, 0), expected.masked_fill(~expected.isfinite(), 0)
     largest = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
-    return ((actual - expected).abs().max() / largest).item()
+    return ((actual - expected.masked_fill(alike, 0)).abs().max() / largest).item()
 
 
 def _at(place):
@@ -2117,7 +2162,7 @@ class _XlaProcess:
         self.connection, self.errors = ours, tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the child)
         self.lock, self.released = threading.Lock(), []
         self.process = subprocess.Popen(
-            [sys.executable, "-c", f"import blip_helpers; blip_helpers._answer_calls({theirs.fileno()})"],
+            [sys.executable, "-P", "-c", f"import blip_helpers; blip_helpers._answer_calls({theirs.fileno()})"],
             pass_fds=[theirs.fileno()],
             env=os.environ
             | {"PJRT_DEVICE": "CPU", "XLA_IR_DEBUG": "1", "XLA_HLO_DEBUG": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
@@ -2133,9 +2178,17 @@ class _XlaProcess:
         with self.lock:
             released = [self.released.pop() for _ in range(len(self.released))]
             try:
-                self.connection.send_bytes(_pack((name, arguments, released)))
+                call = _pack((name, arguments, released))
+            except Exception as error:
+                reason = str(error).strip().splitlines()[0]
+                raise RuntimeError(f"cannot be lowered: the module cannot be pickled, {reason}") from None
+            try:
+                self.connection.send(sys.path)  # what a module comes from may have been added since
+                self.connection.send_bytes(call)
                 answer = self.connection.recv_bytes()
             except (EOFError, OSError):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(timeout=5)  # for the status of its own
                 self.end()
                 raise RuntimeError(f"cannot be lowered: it ended the process {self.last_words()}") from None
             except BaseException:
@@ -2150,7 +2203,6 @@ class _XlaProcess:
         self.process.kill()
         self.process.wait()
         self.connection.close()
-        _xla_process.cache_clear()
 
     def last_words(self):
         self.errors.seek(0)
@@ -2158,9 +2210,15 @@ class _XlaProcess:
         return f"with status {self.process.returncode}" + (f": {lines[-1][-300:]}" if lines else "")
 
 
-@functools.cache
+_running, _starting = [], threading.Lock()
+
+
 def _xla_process():
-    return _XlaProcess()
+    """The one child: a new one where the last has ended."""
+    with _starting:
+        if not _running or _running[0].process.poll() is not None:
+            _running[:] = [_XlaProcess()]
+        return _running[0]
 
 
 def _pack(value):
@@ -2178,14 +2236,17 @@ def _answer_calls(file_descriptor):
     from multiprocessing.connection import Connection  # which Windows does not have
 
     connection, lowering = Connection(file_descriptor), _Lowering()
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     while True:
         try:
-            name, arguments, released = _unpack(connection.recv_bytes())
+            sys.path[:] = connection.recv()
+            call = connection.recv_bytes()
         except EOFError:
             return
-        for key in released:
-            lowering.graphs.pop(key, None)
         try:
+            name, arguments, released = _unpack(call)
+            for key in released:
+                lowering.graphs.pop(key, None)
             with torch.no_grad(), _quiet_properties():
                 answer = True, getattr(lowering, name)(*arguments)
         except Exception as error:
@@ -2197,18 +2258,45 @@ def _answer_calls(file_descriptor):
         connection.send_bytes(_pack(answer))
 
 
+def _end_with(parent):
+    """A module that never comes back would keep the child alive when nobody waits for it any more."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _code(module):
+    """The code of the classes that a module is made of, to be compared between processes."""
+
+    def tree(value):
+        if inspect.iscode(value):
+            return [value.co_code.hex(), value.co_names, tree(value.co_consts)]
+        if isinstance(value, tuple | frozenset):
+            return sorted(map(repr, value)) if isinstance(value, frozenset) else list(map(tree, value))
+        return repr(value)
+
+    classes = {type(part) for part in module.modules()}
+    functions = {c: {n: inspect.unwrap(f) for n, f in vars(c).items() if inspect.isfunction(f)} for c in classes}
+    return {
+        f"{c.__module__}.{c.__qualname__}": _hash_json({n: tree(f.__code__) for n, f in functions[c].items()})
+        for c in classes
+    }
+
+
 class _Lowering:
     """What happens in the child process. A graph is kept with its weights on XLA's device until it is released."""
 
     def __init__(self):
         self.graphs, self.count = {}, 0
 
-    def lower(self, module, examples, aliases):
+    def lower(self, module, examples, aliases, code):
         import torch_xla
 
+        if _code(module) != code:
+            return None
         device = torch.device("xla")
         owners = _onto(device, module, aliases)
-        recorded = [_record(module, [tensor.to(device) for tensor in inputs], owners) for inputs in examples]
+        recorded = [_record(module, [_to(device, tensor) for tensor in inputs], owners) for inputs in examples]
         context, inputs, results, operators = recorded[0]
         hlo = json.loads(context.hlo_json())
         live, read = _live(hlo)
@@ -2278,6 +2366,11 @@ class _Lowering:
         return tuple(result.cpu() for result in results)
 
 
+def _to(device, tensor):
+    """On torch-xla equal numbers share their data, and in a graph they would be one parameter: each gets its own."""
+    return tensor.to(device) if tensor.dim() else tensor[None].to(device)[0].clone()
+
+
 def _onto(device, module, aliases):
     """Move a module, in place; ``Module.to`` would give each use of a tied weight a copy of its own.
 
@@ -2293,7 +2386,7 @@ def _onto(device, module, aliases):
                     continue
                 originals.append(tensor)  # while it lives, its id is not another's
                 if id(tensor) not in moved:
-                    there = tensor.detach().to(device)
+                    there = _to(device, tensor.detach())
                     parameter = isinstance(tensor, nn.Parameter)
                     moved[id(tensor)] = nn.Parameter(there, requires_grad=False) if parameter else there
                 tensors[name] = moved[id(tensor)]
@@ -2309,8 +2402,12 @@ def _record(module, inputs, owners):
     # A number that is not on the device yet would become a constant; until it is there its handle may still change.
     torch_xla.sync(wait=True)
     metrics.clear_all()
+    before = [tensor._version for *_, tensor in owners]
     with _Operators(metrics.counter_names) as operators:
-        results = module(*inputs)
+        results = module(*[tensor.clone() for tensor in inputs])  # which it may write to
+    for (kind, name, tensor), version in zip(owners, before, strict=True):
+        if tensor._version != version:
+            raise ValueError(f"{kind} {name} is written in forward: return its new value, with an alias, or it is lost")
     results = list(results) if isinstance(results, tuple | list) else [results]
     for i, result in enumerate(results):
         if not isinstance(result, torch.Tensor) or result.device.type != "xla":
@@ -2336,6 +2433,10 @@ class _Operators(TorchDispatchMode):
         place = (frame.f_code.co_filename, frame.f_lineno) if frame else ("", 0)
         self.functions[place] = frame.f_code.co_qualname if frame else ""
         self.called.setdefault(place, set()).add(function._schema.name)
+        given = [value for value in args if isinstance(value, torch.Tensor)]
+        copied = isinstance(result, torch.Tensor) and result.device.type != "xla"
+        if copied and any(tensor.device.type == "xla" for tensor in given):  # .cpu(), .tolist(), .numpy()
+            self.on_host.setdefault("aten::_local_scalar_dense", place)
         for name in self.counters():
             if name.startswith("aten::"):
                 self.on_host.setdefault(name, place)
@@ -2375,7 +2476,12 @@ def _shapes(instruction):
 
 
 def _element_types(instruction):
-    return [_HLO_TYPES.get(shape["elementType"], shape["elementType"]) for shape in _shapes(instruction)]
+    types = [_HLO_TYPES.get(shape["elementType"], shape["elementType"]) for shape in _shapes(instruction)]
+    numbers = [
+        name == "float64" and not shape.get("dimensions")
+        for name, shape in zip(types, _shapes(instruction), strict=True)
+    ]
+    return [f"{name} number" if number else name for name, number in zip(types, numbers, strict=True)]
 
 
 def _type(tensor):
@@ -2391,7 +2497,7 @@ def _twice(parameters, tensors):
     for number, parameter in enumerate(parameters):
         if parameter.kind == "weight":
             values = tensors[number].cpu()
-            if values.dim() > 1 and (values != values.flatten()[0]).any():
+            if values.dim() > 1 and values.numel() and (values != values.flatten()[0]).any():
                 digest = _digest(values), parameter.type
                 if digest in seen:
                     pairs.append((seen[digest], parameter.name))
@@ -2511,6 +2617,9 @@ _PRODUCTS = {
     torch.ops.aten.bmm: (0, 1),
     torch.ops.aten.addmm: (1, 2),
     torch.ops.aten.baddbmm: (1, 2),
+    torch.ops.aten.mv: (0, 1),
+    torch.ops.aten.addmv: (1, 2),
+    torch.ops.aten.dot: (0, 1),
     torch.ops.aten.linear: (0, 1),
     torch.ops.aten.matmul: (0, 1),
     torch.ops.aten.convolution: (0, 1),
@@ -2542,6 +2651,15 @@ class ImitatedAutoCast(TorchDispatchMode):
                 f"--auto-cast {self.cast} --auto-cast-type {name}: none, matmult and all to bf16 and fp16 are imitated"
             )
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+    def __enter__(self):
+        self.attention = sdpa_kernel(SDPBackend.MATH)  # whose products are operators of their own
+        self.attention.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.attention.__exit__(*error)
 
     def _round(self, value):
         if isinstance(value, torch.Tensor) and value.dtype == torch.float32:

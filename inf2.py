@@ -2,17 +2,28 @@
 
 ``check`` needs no package of AWS: it lowers every graph of a model as Neuron does and looks for what fails there.
 ``compile`` needs AWS's packages and no Neuron device: it makes an artifact to be copied to an Inf2 instance. ``report``
-runs such an artifact, on Inf2 or anywhere else, and prints what came out as a table to paste.
+runs such an artifact, on Inf2 or anywhere else, and prints what came out as a table to paste. Exit status: 0, 1 on a
+finding or an answer that differs, 2 if it could not be done, 130 if it was interrupted.
 """
 
 import argparse
 import platform
+import signal
 import statistics
 import sys
 import time
 
+
+def interrupted(*_):
+    print("\ninterrupted", file=sys.stderr)
+    sys.exit(130)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, interrupted)  # before the imports, which take seconds
+
 import torch
-from transformers import AutoConfig
+from safetensors import SafetensorError
 
 import blip_helpers as bh
 from blip_helpers import BlipShapes
@@ -30,7 +41,7 @@ def resnet_parts(source):
 
 def parts_of(source, shapes, decoders):
     """Every graph of a checkpoint, and the size of its vocabulary."""
-    kind = AutoConfig.from_pretrained(source).model_type if source else "blip"
+    kind = bh.load_config(source).model_type if source else "blip"
     if kind == "resnet":
         return resnet_parts(source), 0
     if kind != "blip":
@@ -40,7 +51,7 @@ def parts_of(source, shapes, decoders):
 
 
 def check(arguments):
-    """Lower and check every graph; a table, then what was found. Returns the number of findings."""
+    """Lower and check every graph; a table, then what was found."""
     parts, vocab_size = parts_of(arguments.model, shapes_of(arguments), arguments.decoders)
     print(
         f"{'graph':<26}{'operators':>10}{'inputs':>8}{'state':>7}{'weights':>12}{'GFLOP':>9}{'difference':>12}  found"
@@ -55,7 +66,7 @@ def check(arguments):
     for line in notes:
         print(f"note  {line}")
     print(f"{len(parts)} graphs checked, {len(findings)} findings. Nothing was compiled: neuronx-cc has the last word.")
-    return len(findings)
+    return int(bool(findings))
 
 
 def row_of(checked, part):
@@ -183,7 +194,10 @@ def read_arguments(arguments=None):
     three.add_argument("directory", help="what trace or compile left")
     three.add_argument("--model", help=help_model)
     three.add_argument("--questions", type=int, default=200, help="how many to ask at most (200)")
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    if given.command == "report" and given.questions < 1:
+        parser.error(f"--questions is {given.questions}: ask one or more")
+    return given
 
 
 def main():
@@ -192,12 +206,10 @@ def main():
     torch.set_grad_enabled(False)
     try:
         return {"check": check, "compile": compile_, "report": report}[arguments.command](arguments)
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"inf2.py {arguments.command}: {error}")
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+        print(f"inf2.py {arguments.command}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(min(1, main() or 0))
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted")
+    sys.exit(main())

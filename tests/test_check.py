@@ -1,10 +1,16 @@
 """What notebook 06 teaches: lowering through torch-xla, the check, imitated rounding, cost; and the command inf2.py."""
 
+import importlib
 import importlib.util
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -14,7 +20,7 @@ from conftest import TESTS, TINY_SHAPES, make_pixels, make_questions, make_tiny_
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from transformers import BertConfig, ResNetConfig, ResNetForImageClassification
+from transformers import BertConfig, BlipForImageTextRetrieval, ResNetConfig, ResNetForImageClassification
 
 import blip_helpers as bh
 
@@ -105,6 +111,14 @@ def test_a_number_is_on_the_device_before_its_graph_is_recorded():
     assert bh.check_module(module, [example] * 1000).findings == ()
 
 
+@needs_xla
+def test_equal_numbers_are_not_one_input():
+    two, three, five = torch.tensor(2.0), torch.tensor(3.0), torch.tensor(5.0)
+    module = Apply(lambda self, x, y: x * 10 + y * 2)
+    assert bh.lower_module(module, (two, two)).run(three, five)[0] == 40
+    assert bh.check_module(module, [(two, two), (three, three), (five, two)]).findings == ()
+
+
 class Counter(nn.Module):
     def __init__(self):
         super().__init__()
@@ -153,12 +167,32 @@ def test_a_graph_runs_on_other_inputs_than_its_example(tiny):
         (lambda self, x: x.int().topk(2).values, ("sort is refused", "api-torch-neuronx-trace")),
         (lambda self, x: x * float(x.max()), ("read in Python", "becomes a constant")),
         (branch, ("read in Python", "test_check.py", "if x.sum() > -100")),
+        (lambda self, x: x if x.cpu().sum() > -100 else -x, ("read in Python", "becomes a constant")),
+        (lambda self, x: x if sum(x.flatten().tolist()) > -100 else -x, ("read in Python", "becomes a constant")),
+        (lambda self, x: x + self.weight.add_(1).sum(), ("weight weight is written in forward", "lost")),
+        (lambda self, x: x + self.weight[0].copy_(x[0]).sum(), ("weight weight is written in forward", "lost")),
+        (lambda self, x: x * torch.ones(2, 4, dtype=torch.float64, device=x.device), ("float64 is no type",)),
         (lambda self, x: x.double().sum().float(), ("float64 is no type", "data-types")),
         (lambda self, x: x + F.interpolate(self.weight, (6, 6), mode="bicubic").sum(), ("upsample_bicubic2d",)),
         (lambda self, x: torch.where(x > 0, x, torch.zeros(4)), ("cannot be lowered", "Expected XLA tensor")),
         (lambda self, x: torch.zeros(2), ("result 0", "computed on the host")),
     ],
-    ids=["nonzero", "sort", "topk", "item", "branch", "float64", "bicubic", "cpu", "host"],
+    ids=[
+        "nonzero",
+        "sort",
+        "topk",
+        "item",
+        "branch",
+        "cpu copy",
+        "list",
+        "written",
+        "written view",
+        "float64 tensor",
+        "float64",
+        "bicubic",
+        "cpu",
+        "host",
+    ],
 )
 def test_what_fails_is_named(function, words):
     assert any(all(word in finding for word in words) for finding in findings(function)), findings(function)
@@ -172,8 +206,9 @@ def test_what_fails_is_named(function, words):
         (lambda self, x: x.topk(2).values, "topk", "EVRF013"),
         (lambda self, x: x.argmax(dim=-1), "variadic reduce", "jax-neuronx-known-issues"),
         (lambda self, x: torch.linalg.svdvals(x), "while", "jax-neuronx-known-issues"),
+        (lambda self, x: x.masked_fill(x > 0, -1e9), "float64 number", "data-types"),
     ],
-    ids=["erf", "topk", "argmax", "while"],
+    ids=["erf", "topk", "argmax", "while", "float64"],
 )
 def test_what_may_be_refused_is_a_note(function, operator, page):
     checked = bh.check_module(Apply(function), [(X,), (Y,)])
@@ -193,6 +228,41 @@ def test_a_value_in_the_graph_shows_in_the_second_example(function):
     found = findings(function)
     assert any("example 2 gives another graph" in finding for finding in found)
     assert any("differ from eager" in finding and "example 2" in finding for finding in found)
+
+
+def written(self, x):
+    x += 1
+    return x * 2
+
+
+@needs_xla
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda self, x: torch.where(x > 0, -torch.inf, x),
+        lambda self, x: x**0.5,  # NaN, of negative numbers
+        lambda self, x: x[:, 4:],
+        written,
+    ],
+    ids=["infinity", "nan", "empty", "input"],
+)
+def test_what_is_right_has_no_finding(function):
+    inputs = X.clone(), Y.clone()
+    assert findings(function, [(inputs[0],), (inputs[1],)]) == ()
+    assert torch.equal(inputs[0], X) and torch.equal(inputs[1], Y)
+
+
+@needs_xla
+def test_infinities_in_other_places_are_named():
+    (found,) = findings(lambda self, x: torch.where((x > 0) ^ (x.device.type == "xla"), -torch.inf, x))
+    assert "differ from eager" in found
+
+
+@needs_xla
+def test_what_eager_refuses_is_a_finding():
+    table = nn.Embedding(4, 3)
+    found = bh.check_module(table, [(torch.tensor([1]),), (torch.tensor([4]),)]).findings
+    assert len(found) == 1 and found[0].startswith("eager fails on example 2: IndexError")
 
 
 @needs_xla
@@ -237,6 +307,78 @@ def test_a_module_that_ends_the_process_is_named_and_the_next_one_is_checked():
 
 
 @needs_xla
+def test_a_process_that_was_ended_by_others_is_no_finding():
+    process = bh._xla_process().process
+    process.kill()
+    process.wait()
+    assert findings(lambda self, x: x + 1) == ()
+
+
+@needs_xla
+def test_the_process_ends_with_its_parent():
+    code = """
+import os, torch, blip_helpers as bh
+class Forever(torch.nn.Module):
+    def forward(self, x):
+        while x.device.type == "xla":
+            pass
+        return x
+print(bh._xla_process().process.pid, flush=True)
+bh.lower_module(Forever(), torch.ones(2))
+"""
+    parent = start_python(code)
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.communicate()
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+@needs_xla
+def test_a_module_of_python_that_changed_is_checked_as_it_is_now(tmp_path, monkeypatch):
+    path = tmp_path / "changing.py"
+    source = "import torch\nclass Best(torch.nn.Module):\n    def forward(self, x):\n        return x.{}\n"
+    path.write_text(source.format("amax(-1)"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    changing = importlib.import_module("changing")
+    assert bh.check_module(changing.Best(), [(X,), (Y,)]).findings == ()
+    path.write_text(source.format("sort(-1).values[:, -1]"))
+    importlib.reload(changing)
+    (found,) = bh.check_module(changing.Best(), [(X,), (Y,)]).findings
+    assert "sort is refused" in found
+    changing.Best.forward = lambda self, x: x + 1
+    (found,) = bh.check_module(changing.Best(), [(X,), (Y,)]).findings
+    assert "another in this process than in its file" in found
+
+
+@needs_xla
+def test_files_of_the_working_directory_are_not_imported(tmp_path):
+    (tmp_path / "random.py").write_text("raise RuntimeError('not this one')")
+    done = subprocess.run(
+        [sys.executable, ROOT / "inf2.py", "check", bh.MODELS / "tiny-resnet"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_xla
+def test_a_module_that_cannot_be_pickled_says_so_and_others_stay():
+    lowered = bh.lower_module(Apply(lambda self, x: x + 1), X)
+    locked = Counter()
+    locked.lock = threading.Lock()
+    for module in (locked, nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))):
+        with pytest.raises(RuntimeError, match="the module cannot be pickled"):
+            bh.lower_module(module, X)
+    assert torch.equal(lowered.run(X)[0], X + 1)
+
+
+@needs_xla
 def test_a_graph_of_a_process_that_ended_is_refused():
     lowered = bh.lower_module(Apply(lambda self, x: x + 1), X)
     bh._xla_process().end()
@@ -260,6 +402,41 @@ def test_a_lowered_graph_refuses_other_shapes_and_dtypes(wrong):
     lowered = bh.lower_module(Counter(), X)
     with pytest.raises(ValueError, match=r"this graph was traced for float32 \[2, 4\]"):
         lowered.run(wrong)
+
+
+@needs_xla
+@pytest.mark.parametrize("wrong", [(X[:1],), (X.double(),), (X, X), (1,)], ids=["shape", "dtype", "number", "type"])
+def test_a_lowered_graph_refuses_other_state(wrong):
+    module = Counter()
+    lowered = bh.lower_module(module, X, input_output_aliases={module.total: 1})
+    with pytest.raises(ValueError, match="traced for"):
+        lowered.run(X, state=wrong)
+
+
+@needs_xla
+def test_a_graph_of_several_outputs_returns_them():
+    module = Apply(lambda self, x: (x + 1, x * 2))
+    assert all(map(torch.equal, bh.XlaGraph(bh.lower_module(module, X))(X), (X + 1, X * 2)))
+
+
+def test_an_output_is_the_next_value_of_one_parameter():
+    module = Counter()
+    module.other = nn.Parameter(torch.zeros(2, 4))
+    for take in (bh.trace_module, bh.lower_module):
+        with pytest.raises(ValueError, match="names an output twice"):
+            take(module, X, input_output_aliases={module.total: 1, module.other: 1})
+
+
+def test_what_is_traced_is_not_lowered():
+    with pytest.raises(ValueError, match="has been traced already"):
+        bh.lower_module(torch.jit.trace(nn.Linear(4, 4), X), X)
+
+
+def test_a_graph_that_is_not_saved_whole_leaves_nothing(tmp_path):
+    lowered = mock.Mock(proto=None)
+    with pytest.raises(TypeError):
+        bh.Lowered.save(lowered, tmp_path / "graph.pb")
+    assert list(tmp_path.iterdir()) == []
 
 
 @needs_xla
@@ -457,13 +634,61 @@ def test_the_command_fails_on_a_finding(tmp_path, processor):
 def test_the_command_names_another_kind_of_model(tmp_path):
     BertConfig().save_pretrained(tmp_path)
     done = inf2("check", tmp_path)
-    assert done.returncode == 1 and "is a bert; this series compiles blip and resnet" in done.stderr
+    assert done.returncode == 2 and "is a bert; this series compiles blip and resnet" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_command_names_another_head(tmp_path, processor):
+    BlipForImageTextRetrieval(make_tiny_blip().config).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    for arguments in (("check", tmp_path), ("compile", tmp_path / "artifact", "--model", tmp_path)):
+        done = inf2(*arguments)
+        assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+        assert "is a BlipForImageTextRetrieval: pass a BlipForQuestionAnswering" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("check", "/nowhere/at/all"), "/nowhere/at/all does not exist"),
+        (("check", "--answer-length", 65), "longer than the 64 positions"),
+        (("check", "--batch-size", 0), "batch_size"),
+        (("report", "somewhere", "--questions", 0), "--questions is 0"),
+        (("report", "somewhere", "--model", bh.MODELS / "tiny-resnet"), "is a ResNetForImageClassification"),
+        (("check", "tests"), "tests"),
+    ],
+)
+def test_a_mistake_is_a_sentence_and_exit_status_2(arguments, message):
+    done = inf2(*arguments)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_damaged_weights_are_a_sentence(checkpoint, tmp_path):
+    damaged = Path(shutil.copytree(checkpoint, tmp_path / "damaged"))
+    (damaged / "model.safetensors").write_bytes(b"{}")
+    done = inf2("check", damaged)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_an_interrupted_import_is_no_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    done = inf2("check", PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ninterrupted\n")
+
+
+@needs_xla
+def test_an_interrupted_check_says_so():
+    command = [sys.executable, "-u", ROOT / "inf2.py", "check", bh.MODELS / "tiny-blip-vqa"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors.endswith("interrupted\n") and "Traceback" not in errors
 
 
 def test_the_command_needs_awss_packages_to_compile(checkpoint, tmp_path):
     done = inf2("compile", tmp_path / "artifact", "--model", checkpoint)
-    assert done.returncode == 1 and "torch_neuronx is not installed" in done.stderr
+    assert done.returncode == 2 and "torch_neuronx is not installed" in done.stderr
 
 
 def test_compiled_without_a_device_and_kept_where_there_is_one(checkpoint, tmp_path):
@@ -511,10 +736,10 @@ def test_the_report_is_a_table_of_what_came_out(tmp_path):
 
 def test_the_report_is_of_the_model_that_was_traced(traced_directory):
     done = inf2("report", traced_directory)
-    assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
     assert "traced from other weights" in done.stderr and "--model" in done.stderr
 
 
 def test_the_report_of_no_artifact_says_so(tmp_path):
     done = inf2("report", tmp_path)
-    assert done.returncode == 1 and "no manifest.json" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "no manifest.json" in done.stderr and "Traceback" not in done.stderr
