@@ -45,6 +45,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoConfig,
@@ -2713,16 +2714,19 @@ class Cost:
         return "arithmetic" if self.flops / CORE_FLOPS[dtype] > self.moved(dtype) / CORE_BYTES_PER_SECOND else "memory"
 
 
+_LOOK_UPS = {getattr(torch.ops.aten, name) for name in ("embedding", "index", "index_select", "gather")}
+
+
 class _Reads(TorchDispatchMode):
-    """Notes the ids of the tensors that an operator reads; an embedding looks up a few rows and does not count."""
+    """Notes the ids of the tensors that an operator reads; one that looks up a few rows of a table does not count."""
 
     def __init__(self):
         super().__init__()
         self.ids = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket != torch.ops.aten.embedding:
-            self.ids |= {id(value) for value in args if isinstance(value, torch.Tensor)}
+        if function.overloadpacket not in _LOOK_UPS:
+            self.ids |= {id(value) for value in tree_leaves(args) if isinstance(value, torch.Tensor)}
         return function(*args, **(kwargs or {}))
 
 

@@ -315,19 +315,24 @@ def test_a_process_that_was_ended_by_others_is_no_finding():
 
 
 @needs_xla
-def test_the_process_ends_with_its_parent():
+def test_the_process_ends_with_its_parent(tmp_path):
     code = """
-import os, torch, blip_helpers as bh
+import os, sys, torch, blip_helpers as bh
 class Forever(torch.nn.Module):
     def forward(self, x):
+        open(sys.path[0] + "/started", "w").close()
         while x.device.type == "xla":
             pass
         return x
+sys.path.insert(0, sys.argv[1])
 print(bh._xla_process().process.pid, flush=True)
 bh.lower_module(Forever(), torch.ones(2))
 """
-    parent = start_python(code)
+    parent = start_python(code, tmp_path)
     pid = int(parent.stdout.readline())
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
     parent.kill()
     parent.communicate()
     deadline = time.monotonic() + 60
@@ -432,10 +437,22 @@ def test_what_is_traced_is_not_lowered():
         bh.lower_module(torch.jit.trace(nn.Linear(4, 4), X), X)
 
 
-def test_a_graph_that_is_not_saved_whole_leaves_nothing(tmp_path):
-    lowered = mock.Mock(proto=None)
-    with pytest.raises(TypeError):
-        bh.Lowered.save(lowered, tmp_path / "graph.pb")
+@pytest.mark.parametrize("what", ["traced", "lowered"])
+def test_a_full_disk_is_an_error_and_leaves_nothing(what, tmp_path):
+    code = """
+import resource, signal, sys, unittest.mock, torch, blip_helpers as bh
+traced = bh.trace_module(torch.nn.Linear(100, 100), torch.ones(1, 100), backend="cpu")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+try:
+    if sys.argv[2] == "traced":
+        bh.save_traced(traced, sys.argv[1])
+    else:
+        bh.Lowered.save(unittest.mock.Mock(proto=bytes(10000)), sys.argv[1])
+except OSError:
+    print("true")
+"""
+    assert read_json(start_python(code, tmp_path / "graph", what)) is True
     assert list(tmp_path.iterdir()) == []
 
 
@@ -576,6 +593,30 @@ class LookUp(nn.Module):
 def test_cost_counts_what_is_read_once(tied):
     cost = bh.count_cost(LookUp(tied), (torch.zeros(3, dtype=torch.int64),))
     assert cost == bh.Cost(flops=2 * 3 * 4 * 10, weights=40, state=0, inputs=3 * 8, outputs=3 * 10 * 4)
+
+
+@pytest.mark.parametrize(
+    ("read", "numbers"),
+    [
+        (lambda table, ids: table[ids], 0),
+        (lambda table, ids: table.index_select(0, ids), 0),
+        (lambda table, ids: torch.cat([table, table]), 4000),
+        (lambda table, ids: table.sum(), 4000),
+    ],
+    ids=["index", "index_select", "cat", "sum"],
+)
+def test_a_table_that_is_looked_up_costs_nothing(read, numbers):
+    module = Apply(lambda self, ids: read(self.table, ids))
+    module.table = nn.Parameter(torch.randn(1000, 4))
+    assert bh.count_cost(module, (torch.tensor([3, 1]),)).weights == numbers
+
+
+def test_attention_in_one_operator_costs_its_products():
+    attention = Apply(lambda self, q: F.scaled_dot_product_attention(q, q, q))
+    assert bh.count_flops(attention, (torch.randn(1, 2, 5, 8),)) == 2 * (2 * 2 * 5 * 5 * 8)
+    with bh.ImitatedAutoCast("--auto-cast matmult --auto-cast-type bf16"):
+        rounded = attention(torch.linspace(-1, 1, 80).view(1, 2, 5, 8))
+    assert not torch.equal(rounded, attention(torch.linspace(-1, 1, 80).view(1, 2, 5, 8)))
 
 
 def test_cost_of_a_graph_with_state(tiny):
