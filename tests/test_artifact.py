@@ -389,12 +389,11 @@ def leftovers(directory):
 def test_an_exception_leaves_whole_parts_only(tiny, tmp_path, capsys, monkeypatch, expected, part, error):
     save = torch.jit.save
 
-    def fail(traced, path):
-        if part in str(path):
-            with open(path, "wb") as file:
-                file.write(b"half")
+    def fail(traced, file):
+        if part in str(file.name):
+            file.write(b"half")
             raise error
-        save(traced, path)
+        save(traced, file)
 
     with monkeypatch.context() as patched, pytest.raises(type(error)):
         patched.setattr(torch.jit, "save", fail)
@@ -430,11 +429,12 @@ def test_a_rename_that_fails_leaves_no_unfinished_file(tiny, tmp_path, monkeypat
 
 KILLS = {
     "while the second part is written": """
-def save(traced, path, real=torch.jit.save):
-    if "text_encoder" in path:
-        open(path, "wb").write(b"half of it")
+def save(traced, file, real=torch.jit.save):
+    if "text_encoder" in str(file.name):
+        file.write(b"half of it")
+        file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
-    real(traced, path)
+    real(traced, file)
 torch.jit.save = save
 """,
     "before the manifest names the second part": """

@@ -289,7 +289,7 @@ def test_a_model_loaded_in_inference_mode_works_outside(other_checkpoint):
 
 def test_a_resnet_can_be_named_by_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("RESNET_MODEL", str(tmp_path / "none"))
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match="none does not exist"):
         load_resnet()
     monkeypatch.delenv("RESNET_MODEL")
     assert load_resnet()[0].config.num_labels == len(LABELS)

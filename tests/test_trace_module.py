@@ -227,9 +227,8 @@ def test_a_save_that_fails_leaves_the_former_file_and_nothing_else(two, tmp_path
     save_traced(trace_module(two, (LEFT, RIGHT)), tmp_path / "two.pt")
     former = (tmp_path / "two.pt").read_bytes()
 
-    def fail(traced, path):
-        with open(path, "wb") as file:
-            file.write(b"half")
+    def fail(traced, file):
+        file.write(b"half")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch.jit, "save", fail)
