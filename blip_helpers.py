@@ -1905,9 +1905,9 @@ class Lowered:
         Inputs or state of another number, shape or dtype are a `ValueError`. Without `state` it is what the module had.
         """
         check_inputs(inputs, self.inputs)
-        kept = [result for result in self.results if result.kind == "state"]
         if state:
-            check_inputs(state, {f"state {i}": result.type for i, result in enumerate(kept)})
+            kept = [result.type for result in self.results if result.kind == "state"]
+            check_inputs(state, {f"state {i}": of_type for i, of_type in enumerate(kept)})
         return _xla_process().call("run", self.key, inputs, tuple(tensor.detach() for tensor in state))
 
     def save(self, path):
@@ -2120,14 +2120,16 @@ def _another(name, example, position, longest, vocab_size, generator):
 def _relative(actual, expected):
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return float("inf")
+    if not expected.is_floating_point():
+        return float(not torch.equal(actual, expected))
     alike = (actual == expected) | (actual.isnan() & expected.isnan())  # infinities as well
+    finite = actual.isfinite() & expected.isfinite()
     if alike.all():
         return 0.0
-    if not expected.is_floating_point():
-        return 1.0
-    actual, expected = actual.masked_fill(alike, 0), expected.masked_fill(~expected.isfinite(), 0)
-    largest = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
-    return ((actual - expected.masked_fill(alike, 0)).abs().max() / largest).item()
+    if not (alike | finite).all():
+        return float("inf")
+    largest = expected[finite].abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
+    return ((actual - expected)[finite].abs().max() / largest).item()
 
 
 def _at(place):
@@ -2304,7 +2306,7 @@ class _Lowering:
         for computation in hlo["computations"]:
             computation["instructions"] = [i for i in computation["instructions"] if i["id"] in live]
         hlo["computations"] = [c for c in hlo["computations"] if c["rootId"] in live]
-        places = _name(hlo, operators)
+        places = _name_operators(hlo, operators)
         by_number = dict(context.device_parameter_id_tensor_mapping())
         parameters = [HloValue("constant", f"constant {n}", *_type(by_number[n])) for n in range(len(by_number))]
         names = _input_names(module, len(inputs))
@@ -2447,7 +2449,7 @@ class _Operators(TorchDispatchMode):
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 
 
-def _name(hlo, operators):
+def _name_operators(hlo, operators):
     """Name apart what neuronx-cc may have an operator of its own for: a sort that comes from topk, in floating point,
     and a reduction of several tensors at once, such as of numbers and their indices.
 

@@ -253,9 +253,11 @@ def test_what_is_right_has_no_finding(function):
 
 
 @needs_xla
-def test_infinities_in_other_places_are_named():
-    (found,) = findings(lambda self, x: torch.where((x > 0) ^ (x.device.type == "xla"), -torch.inf, x))
-    assert "differ from eager" in found
+@pytest.mark.parametrize("value", [-torch.inf, torch.inf, torch.nan])
+@pytest.mark.parametrize("device", ["xla", "cpu"])
+def test_what_is_not_finite_on_one_side_alone_is_named(device, value):
+    (found,) = findings(lambda self, x: torch.where(x > 0, value if x.device.type == device else 0.0, x))
+    assert "differ from eager by inf" in found
 
 
 @needs_xla
