@@ -22,6 +22,7 @@ from conftest import (
 from torch import nn
 
 import blip_helpers
+import inf2.artifact
 from blip_helpers import (
     BlipShapes,
     CachedDecoder,
@@ -63,14 +64,14 @@ def traced_before(traced_directory, monkeypatch):
     def load_instead(module, *args, **kwargs):
         return blip_helpers.load_traced(traced_directory / f"{parts[type(module).__name__]}.pt")
 
-    monkeypatch.setattr(blip_helpers, "trace_module", load_instead)
+    monkeypatch.setattr("inf2.artifact.trace_module", load_instead)
 
 
 def edit_manifest(directory, change):
     """Change a manifest as somebody would who also knows how it protects itself."""
     manifest = read_manifest(directory)
     change(manifest)
-    blip_helpers._write_manifest(directory, manifest)
+    inf2.artifact._write_manifest(directory, manifest)
 
 
 # Made, kept, loaded
@@ -270,7 +271,7 @@ def test_another_build_of_the_same_version_is_the_same(artifact, monkeypatch):
 
 
 def test_an_artifact_for_neuron_is_refused_where_neuron_is_not(artifact, monkeypatch):
-    monkeypatch.setattr(blip_helpers, "default_backend", lambda: "cpu")
+    monkeypatch.setattr("inf2.tracing.default_backend", lambda: "cpu")
 
     def to_neuron(manifest):
         manifest["backend"] = "neuron"
@@ -361,7 +362,7 @@ def test_with_a_damaged_manifest_everything_is_traced_again(tiny, artifact, caps
 
 @pytest.mark.usefixtures("traced_before")
 def test_a_manifest_of_another_format_is_refused(tiny, artifact, capsys, monkeypatch):
-    monkeypatch.setattr(blip_helpers, "FORMAT", blip_helpers.FORMAT + 1)
+    monkeypatch.setattr(inf2.artifact, "FORMAT", inf2.artifact.FORMAT + 1)
     with pytest.raises(ValueError, match="format"):
         NeuronBlipForQuestionAnswering.from_pretrained(artifact)
     trace(tiny, artifact, TINY_SHAPES)
@@ -438,11 +439,11 @@ def save(traced, file, real=torch.jit.save):
 torch.jit.save = save
 """,
     "before the manifest names the second part": """
-def save_traced(traced, path, real=blip_helpers.save_traced):
+def save_traced(traced, path, real=inf2.artifact.save_traced):
     real(traced, path)
     if "text_encoder" in str(path):
         os.kill(os.getpid(), signal.SIGKILL)
-blip_helpers.save_traced = save_traced
+inf2.artifact.save_traced = save_traced
 """,
     "while the manifest is written": """
 def replace(source, target, real=os.replace, calls=[]):
@@ -465,6 +466,7 @@ def killed(tmp_path_factory):
 import os, signal, sys
 import torch
 import blip_helpers
+import inf2.artifact
 from conftest import TINY_SHAPES, make_tiny_blip
 {patch}
 blip_helpers.trace(make_tiny_blip(), sys.argv[1], TINY_SHAPES)
@@ -549,7 +551,7 @@ def test_a_directory_that_is_a_file_is_a_value_error(tiny, tmp_path):
 
 
 def test_neuron_without_its_package_is_a_value_error(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(blip_helpers, "default_backend", lambda: "cpu")
+    monkeypatch.setattr("inf2.tracing.default_backend", lambda: "cpu")
     with pytest.raises(ValueError, match="torch_neuronx is not installed"):
         trace(tiny, tmp_path / "new", TINY_SHAPES, backend="neuron")
     assert not (tmp_path / "new").exists()

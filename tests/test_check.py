@@ -1,4 +1,4 @@
-"""What notebook 06 teaches: lowering through torch-xla, the check, imitated rounding, cost; and the command inf2.py."""
+"""What notebook 06 teaches: lowering through torch-xla, the check, imitated rounding, cost; and the command blip.py."""
 
 import importlib
 import importlib.util
@@ -23,6 +23,7 @@ from torch import nn
 from transformers import BertConfig, BlipForImageTextRetrieval, ResNetConfig, ResNetForImageClassification
 
 import blip_helpers as bh
+from inf2.lowering import XlaProcess, xla_process
 
 ROOT = TESTS.parent
 needs_xla = pytest.mark.skipif(importlib.util.find_spec("torch_xla") is None, reason="torch-xla is not installed")
@@ -310,7 +311,7 @@ def test_a_module_that_ends_the_process_is_named_and_the_next_one_is_checked():
 
 @needs_xla
 def test_a_process_that_was_ended_by_others_is_no_finding():
-    process = bh._xla_process().process
+    process = xla_process().process
     process.kill()
     process.wait()
     assert findings(lambda self, x: x + 1) == ()
@@ -320,6 +321,7 @@ def test_a_process_that_was_ended_by_others_is_no_finding():
 def test_the_process_ends_with_its_parent(tmp_path):
     code = """
 import os, sys, torch, blip_helpers as bh
+from inf2.lowering import xla_process
 class Forever(torch.nn.Module):
     def forward(self, x):
         open(sys.path[0] + "/started", "w").close()
@@ -327,7 +329,7 @@ class Forever(torch.nn.Module):
             pass
         return x
 sys.path.insert(0, sys.argv[1])
-print(bh._xla_process().process.pid, flush=True)
+print(xla_process().process.pid, flush=True)
 bh.lower_module(Forever(), torch.ones(2))
 """
     parent = start_python(code, tmp_path)
@@ -365,7 +367,7 @@ def test_a_module_of_python_that_changed_is_checked_as_it_is_now(tmp_path, monke
 def test_files_of_the_working_directory_are_not_imported(tmp_path):
     (tmp_path / "random.py").write_text("raise RuntimeError('not this one')")
     done = subprocess.run(
-        [sys.executable, ROOT / "inf2.py", "check", bh.MODELS / "tiny-resnet"],
+        [sys.executable, ROOT / "blip.py", "check", bh.MODELS / "tiny-resnet"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -388,7 +390,7 @@ def test_a_module_that_cannot_be_pickled_says_so_and_others_stay():
 @needs_xla
 def test_a_graph_of_a_process_that_ended_is_refused():
     lowered = bh.lower_module(Apply(lambda self, x: x + 1), X)
-    bh._xla_process().end()
+    xla_process().end()
     with pytest.raises(RuntimeError, match="lower the module again"):
         lowered.run(X)
 
@@ -400,7 +402,7 @@ def test_a_graph_that_nobody_holds_is_released():
     del lowered
     bh.lower_module(Apply(lambda self, x: x + 1), X)
     with pytest.raises(RuntimeError, match="lower the module again"):
-        bh._xla_process().call("run", key, (X,), ())
+        xla_process().call("run", key, (X,), ())
 
 
 @needs_xla
@@ -467,7 +469,7 @@ def test_an_alias_of_no_output_is_named():
 
 @needs_xla
 def test_an_interruption_ends_the_process():
-    process = bh._xla_process()
+    process = xla_process()
     with mock.patch.object(process, "connection") as connection, pytest.raises(KeyboardInterrupt):
         connection.recv_bytes.side_effect = KeyboardInterrupt
         bh.lower_module(Apply(lambda self, x: x + 1), X)
@@ -501,8 +503,8 @@ def test_the_proto_is_saved_and_the_text_names_no_file(tmp_path):
 
 
 def test_without_torch_xla_it_says_so(monkeypatch):
-    monkeypatch.setattr("blip_helpers.importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("blip_helpers._xla_process", bh._XlaProcess)
+    monkeypatch.setattr("inf2.lowering.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("inf2.lowering.xla_process", XlaProcess)
     for call in (lambda: bh.lower_module(Counter(), X), lambda: bh.check_module(Counter(), [X, Y])):
         with pytest.raises(RuntimeError, match=r"torch-xla is not installed.*Linux on x86-64"):
             call()
@@ -637,7 +639,7 @@ def test_a_bound_is_the_longer_of_arithmetic_and_memory(flops, weights):
 
 
 def inf2(*arguments, **environment):
-    command = [sys.executable, ROOT / "inf2.py", *map(str, arguments)]
+    command = [sys.executable, ROOT / "blip.py", *map(str, arguments)]
     # Notebooks, CI and users may have set these.
     clean = {k: v for k, v in os.environ.items() if k not in ("BLIP_MODEL", "RESNET_MODEL", "QUESTIONS")}
     return subprocess.run(
@@ -721,7 +723,7 @@ def test_an_interrupted_import_is_no_traceback(tmp_path):
 
 @needs_xla
 def test_an_interrupted_check_says_so():
-    command = [sys.executable, "-u", ROOT / "inf2.py", "check", bh.MODELS / "tiny-blip-vqa"]
+    command = [sys.executable, "-u", ROOT / "blip.py", "check", bh.MODELS / "tiny-blip-vqa"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
     process.send_signal(signal.SIGINT)

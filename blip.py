@@ -1,4 +1,4 @@
-"""Before and on Inf2: ``python inf2.py check | compile | report``.
+"""Before and on Inf2: ``python blip.py check | compile | report``.
 
 ``check`` needs no package of AWS: it lowers every graph of a model as Neuron does and looks for what fails there.
 ``compile`` needs AWS's packages and no Neuron device: it makes an artifact to be copied to an Inf2 instance. ``report``
@@ -97,7 +97,7 @@ def compile_(arguments):
     model = f" --model {arguments.model}" if arguments.model else ""
     print(
         f"compiled for Inf2, not run. Copy {arguments.directory} to the instance, then run there: "
-        f"python inf2.py report {arguments.directory}{model}"
+        f"python blip.py report {arguments.directory}{model}"
     )
 
 
@@ -207,7 +207,7 @@ def main():
     try:
         return {"check": check, "compile": compile_, "report": report}[arguments.command](arguments)
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        print(f"inf2.py {arguments.command}: {error}", file=sys.stderr)
+        print(f"blip.py {arguments.command}: {error}", file=sys.stderr)
         return 2
 
 

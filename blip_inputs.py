@@ -1,0 +1,172 @@
+"""What a compiled BLIP may be given: the arguments of a call, and the example inputs that a check runs on."""
+
+import torch
+from transformers.image_utils import is_valid_image
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from inf2 import check_module, describe, describe_inputs, state_aliases, state_of
+
+
+class ChecksRequests:
+    """The part of a compiled model that refuses what it was not traced for; of `self` it reads ``shapes``, ``config``
+    and the text decoder's generation settings."""
+
+    def with_limit(self, generate_kwargs):
+        """The same arguments with an explicit limit of new tokens, which is no more than A - 1."""
+        most = self.shapes.answer_length - 1
+        limits = []
+        for of_the_model in (None, self.text_decoder.generation_config):
+            new = setting_of("max_new_tokens", generate_kwargs, of_the_model)
+            length = setting_of("max_length", generate_kwargs, of_the_model)  # of which one is the start token
+            limits += [] if new is None else [whole_number("max_new_tokens", new)]
+            limits += [] if length is None else [whole_number("max_length", length) - 1]
+            if of_the_model is None and limits and limits[0] > most:
+                raise ValueError(
+                    f"the answer may have {limits[0]} new tokens; this model was traced for {most}: ask for "
+                    f"max_new_tokens <= {most}, or trace it with answer_length >= {limits[0] + 1}"
+                )
+        limit = min(limits[0], most) if limits else most
+        return {k: v for k, v in generate_kwargs.items() if k != "max_length"} | {"max_new_tokens": limit}
+
+    def check_arguments(self, generate_kwargs):
+        for name in NOT_COMPILED:
+            value = setting_of(name, generate_kwargs, self.text_decoder.generation_config)
+            if value is not None and value is not False and not (name == "guidance_scale" and value == 1):
+                raise ValueError(f"{name} is nothing that a compiled model can do: leave it out, or ask the original")
+
+    def check_images(self, pixel_values, image, interpolate_pos_encoding):
+        if (pixel_values is None) == (image is None):
+            raise ValueError("pass either pixel_values or image, what encode_image made of them, and not both")
+        if interpolate_pos_encoding:
+            raise ValueError("interpolate_pos_encoding is True; the image graph has one image size: resize the picture")
+        return self.check_image(pixel_values) if image is None else self.check_encoded(image)
+
+    def check_image(self, pixel_values):
+        check_dimensions("pixel_values", pixel_values, 4)
+        if pixel_values.dtype != torch.float32:
+            raise ValueError(f"pixel_values is {describe(pixel_values)}; the graph was traced for float32: pass that")
+        return pixel_values
+
+    def check_encoded(self, image):
+        image_embeds = image.last_hidden_state if isinstance(image, BaseModelOutputWithPooling) else None
+        if image_embeds is None:
+            raise ValueError(f"image is {describe(image)}: pass what encode_image returns, or pixel_values")
+        check_dimensions("image", image_embeds, 3)
+        if image_embeds.dtype != torch.float32:
+            raise ValueError(f"image is {describe(image_embeds)}; the graph was traced for float32: pass that")
+        return image_embeds
+
+    def check_questions(self, input_ids, images, generate_kwargs):
+        check_dimensions("input_ids", input_ids, 2)
+        questions, each = len(input_ids), rows_per_question(generate_kwargs, self.text_decoder.generation_config)
+        if images not in (1, questions):
+            raise ValueError(f"{images} images for {questions} questions: pass one each or one for all")
+        if questions * each > self.shapes.rows:
+            raise ValueError(
+                f"{questions} questions with {each} rows each need {questions * each} rows; this model was traced for "
+                f"{self.shapes.rows}: pass fewer, or trace it with batch_size * num_beams >= {questions * each}"
+            )
+        last = self.config.text_config.vocab_size - 1
+        if input_ids.numel() and not 0 <= input_ids.min() <= input_ids.max() <= last:
+            raise ValueError(
+                f"input_ids has tokens from {input_ids.min()} to {input_ids.max()}; the vocabulary has 0 to {last}: "
+                "use the processor of this checkpoint"
+            )
+
+
+def check_dimensions(name, tensor, dims):
+    if not isinstance(tensor, torch.Tensor) or tensor.dim() != dims or not len(tensor):
+        raise ValueError(f"{name} is {describe(tensor)}: pass a tensor of {dims} dimensions, as the processor")
+
+
+def setting_of(name, generate_kwargs, of_the_model):
+    """An argument of generate(): by keyword, else in a generation_config, else the model's own; None if nowhere."""
+    given = (generate_kwargs.get("generation_config"), of_the_model)
+    values = [generate_kwargs.get(name), *(getattr(config, name, None) for config in given)]
+    return next((value for value in values if value is not None), None)
+
+
+def whole_number(name, value):
+    """`value`, which has to be a whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {value!r}: give a whole number of at least 1")
+    return value
+
+
+def rows_per_question(generate_kwargs, of_the_model):
+    """Rows that a question takes."""
+    given = {name: setting_of(name, generate_kwargs, of_the_model) for name in ("num_beams", "num_return_sequences")}
+    return max(1 if value is None else whole_number(name, value) for name, value in given.items())
+
+
+# What generate() of the original can do and these graphs can't: they return logits alone, and keep their own cache.
+NOT_COMPILED = (
+    "assistant_model",
+    "cache",
+    "custom_generate",
+    "guidance_scale",
+    "inputs_embeds",
+    "output_attentions",
+    "output_hidden_states",
+    "past_key_values",
+    "prompt_lookup_num_tokens",
+)
+
+
+def question_tokens(processor, question):
+    if not isinstance(question, str):
+        raise ValueError(f"question is a {type(question).__name__}: pass a str")
+    tokens = processor.tokenizer(question).input_ids
+    if len(tokens) <= processor.tokenizer.num_special_tokens_to_add():
+        raise ValueError(f"question {question!r} is empty: ask something")
+    return tokens
+
+
+def pixel_values_of(processor, image):
+    if not is_valid_image(image):
+        raise ValueError(f"image is a {type(image).__name__}: pass a picture, such as PIL.Image.open(path)")
+    try:
+        pixel_values = processor.image_processor(image, return_tensors="pt").pixel_values
+    except Exception as error:
+        raise ValueError(f"image cannot be read as a picture: {error}") from error
+    if len(pixel_values) != 1:
+        raise ValueError(f"image holds {len(pixel_values)} pictures: pass a list with one a question")
+    return pixel_values
+
+
+def check_parts(parts, vocab_size):
+    """Check each of `parts` (see `parts_to_trace`) on examples in which every value differs: yields name, `Checked`.
+
+    Masks are full, of one token, and ragged; positions are the first two and the last; state is overwritten with random
+    numbers.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for name, (module, example_inputs) in parts.items():
+        state = state_of(module)
+        for parameter in state:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            if parameter.dim() == 2:  # the question's mask
+                parameter.copy_(parameter > 0)
+        names = describe_inputs(module, example_inputs)
+        longest = state[-1].shape[2] if state else example_inputs[0].shape[-1]  # A, where there is a position
+        others = [
+            tuple(varied(n, t, at, longest, vocab_size, generator) for n, t in zip(names, example_inputs, strict=True))
+            for at in (0, 1, longest - 1)
+        ]
+        yield name, check_module(module, [example_inputs, *others], input_output_aliases=state_aliases(module))
+
+
+def varied(name, example, position, longest, vocab_size, generator):
+    """Another value for an example input: the position, a mask of its tokens, rows, tokens or numbers."""
+    if example.is_floating_point():
+        return torch.randn(example.shape, generator=generator)
+    if name == "position":
+        return torch.full_like(example, position)
+    if name.endswith("attention_mask"):  # all ones at the last position; else so many, one less in the other rows
+        full = position == longest - 1
+        ones = torch.full((len(example), 1), example.shape[-1] if full else position + 1)
+        ones[1:] -= int(position == 1)
+        return (torch.arange(example.shape[-1]) < ones).to(example.dtype)
+    if name == "beam_rows":
+        return example.flip(0) if position else torch.zeros_like(example)
+    return torch.randint(vocab_size, example.shape, generator=generator)

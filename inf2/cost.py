@@ -1,0 +1,89 @@
+"""What a call of a graph costs at least: operations, bytes, and the bounds that a NeuronCore's figures give them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from inf2.tensors import as_tuple, state_of
+
+# A NeuronCore-v2 of an Inferentia2 chip, which has two: half of the published figures of the chip.
+# https://awsdocs-neuron.readthedocs-hosted.com/en/latest/about-neuron/arch/neuron-hardware/inferentia2.html
+CORE_FLOPS = {"fp32": 47.5e12 / 2, "bf16": 190e12 / 2}
+CORE_BYTES_PER_SECOND = 820 * 2**30 / 2
+CHIP_BYTES = 32 * 2**30
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one call of a graph takes at least.
+
+    Attributes
+    ----------
+    flops : int
+        Of its matrix products and convolutions, a multiplication and an addition each; norms, softmax and sums are
+        left out.
+    weights : int
+        Numbers in the weights that are read, without those that are only looked up.
+    state, inputs, outputs : int
+        Bytes. What becomes the next state is no output.
+    """
+
+    flops: int
+    weights: int
+    state: int
+    inputs: int
+    outputs: int
+
+    def moved(self, dtype="fp32"):
+        """Bytes between memory and core: weights (2 bytes each in bf16), state read, inputs and outputs."""
+        return self.weights * {"fp32": 4, "bf16": 2}[dtype] + self.state + self.inputs + self.outputs
+
+    def seconds(self, dtype="fp32"):
+        """A lower bound for one NeuronCore, from the chip's published figures: nothing was measured."""
+        return max(self.flops / CORE_FLOPS[dtype], self.moved(dtype) / CORE_BYTES_PER_SECOND)
+
+    def bound_by(self, dtype="fp32"):
+        """``"arithmetic"`` or ``"memory"``: which of the two takes longer."""
+        return "arithmetic" if self.flops / CORE_FLOPS[dtype] > self.moved(dtype) / CORE_BYTES_PER_SECOND else "memory"
+
+
+_LOOK_UPS = {getattr(torch.ops.aten, name) for name in ("embedding", "index", "index_select", "gather")}
+
+
+class _Reads(TorchDispatchMode):
+    """Notes the ids of the tensors that an operator reads; one that looks up a few rows of a table does not count."""
+
+    def __init__(self):
+        super().__init__()
+        self.ids = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket not in _LOOK_UPS:
+            self.ids |= {id(value) for value in tree_leaves(args) if isinstance(value, torch.Tensor)}
+        return function(*args, **(kwargs or {}))
+
+
+def count_cost(module, example_inputs):
+    """Count the `Cost` of a module; on the ``meta`` device nothing is computed.
+
+    FLOPs are those of ``torch.utils.flop_counter``. Neither what is only looked up nor what the graph does not use
+    counts, so that the bound stays one.
+    """
+    state = state_of(module)
+    with torch.no_grad():
+        with _Reads() as reads:
+            outputs = as_tuple(module(*example_inputs))
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            module(*example_inputs)
+    weights = [p for p in module.parameters() if id(p) in reads.ids and not any(p is kept for kept in state)]
+    return Cost(
+        flops=counter.get_total_flops(),
+        weights=sum(parameter.numel() for parameter in weights),
+        state=sum(parameter.nbytes for parameter in state),
+        inputs=sum(tensor.nbytes for tensor in example_inputs),
+        outputs=sum(tensor.nbytes for tensor in outputs[: len(outputs) - len(state)]),
+    )
