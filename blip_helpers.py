@@ -38,6 +38,7 @@ from transformers.utils import logging as transformers_logging
 
 from blip_inputs import (
     ChecksRequests,
+    check_parts,  # noqa: F401 (notebook 06 and the commands check with it)
     pixel_values_of,
     question_tokens,
     rows_per_question,

@@ -104,7 +104,7 @@ def graph_findings(lowered):
 
 
 def compare_with_eager(module, examples, outputs, bound):
-    """The largest relative difference of a graph's `outputs` from eager, and a sentence about the first that is wrong."""
+    """The largest relative difference of a graph's `outputs` from eager, and what is wrong with the first that is."""
     worst = 0.0
     with torch.no_grad():
         for number, (inputs, actual) in enumerate(zip(examples, outputs, strict=True), 1):

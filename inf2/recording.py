@@ -12,8 +12,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+import torch_xla
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch_xla.debug import metrics
 
 from inf2 import hlo as hlo_module
 from inf2.files import sha256
@@ -94,7 +96,6 @@ class Recorder:
 
     def run(self, key, inputs, state):
         """Run a graph: a tuple of results on the CPU. State None leaves the state as the module had it."""
-        import torch_xla
 
         if key not in self.graphs:
             raise RuntimeError("the process that held this graph has ended: lower the module again")
@@ -114,14 +115,12 @@ class Recorder:
 
 def computation_of(name, proto):
     """What XLA makes of a serialized ``HloModuleProto``; it fails on one that is not well formed."""
-    import torch_xla
 
     return torch_xla._XLAC._xla_op_computation_from_module_proto(name, proto)
 
 
 def text_of(proto):
     """HLO as text, without metadata, which names files of this machine."""
-    import torch_xla
 
     text = torch_xla._XLAC._xla_computation_text(computation_of("graph", proto))
     return re.sub(r", metadata=\{[^}]*\}", "", text)
@@ -167,8 +166,6 @@ def move_module(device, module, aliases):
 
 def record(module, inputs, owners):
     """Run a module on XLA tensors, which records its graph: the context of the graph, and what happened meanwhile."""
-    import torch_xla
-    from torch_xla.debug import metrics
 
     # A number that is not on the device yet would become a constant; until it is there its handle may still change.
     torch_xla.sync(wait=True)

@@ -504,7 +504,8 @@ def test_the_proto_is_saved_and_the_text_names_no_file(tmp_path):
 
 def test_without_torch_xla_it_says_so(monkeypatch):
     monkeypatch.setattr("inf2.lowering.importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("inf2.lowering.xla_process", XlaProcess)
+    for module in ("lowering", "checks"):
+        monkeypatch.setattr(f"inf2.{module}.xla_process", XlaProcess)
     for call in (lambda: bh.lower_module(Counter(), X), lambda: bh.check_module(Counter(), [X, Y])):
         with pytest.raises(RuntimeError, match=r"torch-xla is not installed.*Linux on x86-64"):
             call()

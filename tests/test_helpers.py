@@ -133,11 +133,11 @@ def test_questions_are_counted_by_the_environment(monkeypatch):
 
 
 def test_what_runs_here_says_so(monkeypatch):
-    monkeypatch.setattr("blip_helpers.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("inf2.tracing.importlib.util.find_spec", lambda name: None)
     assert (default_backend(), what_runs_here()) == ("cpu", "CPU stand-in for Neuron")
-    monkeypatch.setattr("blip_helpers.importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("inf2.tracing.importlib.util.find_spec", lambda name: object())
     for version, words in (("2.9.0.2.15.32035", "AWS Neuron"), ("2.9.0+double", "test double of torch_neuronx")):
-        monkeypatch.setattr("blip_helpers._version", lambda name, version=version: version)
+        monkeypatch.setattr("inf2.notebook.package_version", lambda name, version=version: version)
         assert (default_backend(), what_runs_here()) == ("neuron", words)
 
 

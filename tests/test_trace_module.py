@@ -198,7 +198,7 @@ def test_an_unknown_backend_is_a_value_error(two, backend):
 
 
 def test_neuron_without_its_package_is_a_value_error(two, monkeypatch):
-    monkeypatch.setattr("blip_helpers.default_backend", lambda: "cpu")
+    monkeypatch.setattr("inf2.tracing.default_backend", lambda: "cpu")
     with pytest.raises(ValueError, match=r"torch_neuronx is not installed.*requirements-neuron\.txt"):
         trace_module(two, (LEFT, RIGHT), backend="neuron")
 
