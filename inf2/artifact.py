@@ -72,7 +72,9 @@ def trace_parts(
         print(f"{name:<{width}}  {'traced: ' + reasons[name] if reasons[name] else 'kept'}", flush=True)
         if reasons[name]:
             if dtype != torch.float32 and backend == "cpu":
-                module = round_matrices(module, dtype)
+                rounded = round_matrices(module, dtype)
+                own = dict(zip(module.parameters(), rounded.parameters(), strict=True))
+                module, aliases = rounded, {own[parameter]: index for parameter, index in aliases.items()}
             how = {"backend": backend, "compiler_args": compiler_args, "cpu_backend": cpu_backend}
             traced = trace_module(module, example_inputs, input_output_aliases=aliases, **how)
             save_traced(traced, directory / f"{name}.pt")
