@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from inf2 import *  # noqa: F403 (all of it, so that a notebook needs one import)
+from inf2 import count_cost, describe, load_parts, read_manifest, state_aliases, trace_parts
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -45,8 +47,6 @@ from blip_inputs import (
     setting_of,
     whole_number,
 )
-from inf2 import *  # noqa: F403 (all of it, so that a notebook needs one import)
-from inf2 import count_cost, describe, load_parts, read_manifest, state_aliases, trace_parts
 
 MODELS = Path(__file__).parent / "models"
 

@@ -1,10 +1,9 @@
 """What a compiled BLIP may be given: the arguments of a call, and the example inputs that a check runs on."""
 
 import torch
+from inf2 import check_module, describe, describe_inputs, state_aliases, state_of
 from transformers.image_utils import is_valid_image
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-from inf2 import check_module, describe, describe_inputs, state_aliases, state_of
 
 
 class ChecksRequests:

@@ -22,7 +22,6 @@ import importlib.util
 from pathlib import Path
 
 import torch
-
 from inf2.checks import check_module
 from inf2.cost import count_cost
 from inf2.tensors import state_aliases

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import torch
-
 from inf2.files import hash_weights, sha256, whole_file
 from inf2.rounding import round_matrices, split_flags
 from inf2.tensors import StaticGraph, describe, describe_inputs

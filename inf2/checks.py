@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-
 from inf2.lowering import Lowered, lower_examples, place_in_python, xla_process
 from inf2.rules import DYNAMIC_SHAPES, REFUSED_OPERATORS, REFUSED_TYPES, REPORTED_OPERATORS
 from inf2.tensors import as_tuple, check_example, check_inputs, describe_inputs

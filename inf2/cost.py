@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 
 import torch
+from inf2.tensors import as_tuple, state_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-
-from inf2.tensors import as_tuple, state_of
 
 # A NeuronCore-v2 of an Inferentia2 chip, which has two: half of the published figures of the chip.
 # https://awsdocs-neuron.readthedocs-hosted.com/en/latest/about-neuron/arch/neuron-hardware/inferentia2.html

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 import torch
-
 from inf2.tensors import describe, state_of
 
 

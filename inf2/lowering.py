@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
-
 from inf2.files import whole_file
 from inf2.messages import hash_code, pack, unpack
 from inf2.tensors import check_aliases, check_example, check_inputs, describe_inputs
+from torch import nn
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,6 @@ import io
 
 import cloudpickle
 import torch
-
 from inf2.files import sha256
 
 

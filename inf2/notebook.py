@@ -10,7 +10,6 @@ with warnings.catch_warnings():
     import tqdm.auto  # noqa: F401
 
 import torch
-
 from inf2.tracing import default_backend, package_version
 
 

@@ -13,16 +13,15 @@ from pathlib import Path
 
 import torch
 import torch_xla
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch_xla.debug import metrics
-
 from inf2 import hlo as hlo_module
 from inf2.files import sha256
 from inf2.hlo import HloValue, element_types, instructions_of
 from inf2.messages import hash_code, pack, unpack
 from inf2.stand_in import quiet_properties
 from inf2.tensors import as_tuple, describe, input_names
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch_xla.debug import metrics
 
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 _OURS = f"{Path(__file__).parent}{os.sep}"

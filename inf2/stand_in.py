@@ -7,9 +7,8 @@ import logging
 import warnings
 
 import torch
-from torch import nn
-
 from inf2.tensors import REFUSAL, as_tuple, describe, describe_inputs
+from torch import nn
 
 DTYPES = (
     torch.float32,

@@ -8,7 +8,6 @@ import importlib.util
 import os
 
 import torch
-
 from inf2.files import whole_file
 from inf2.rounding import split_flags
 from inf2.stand_in import trace_for_cpu

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 
+import inf2.artifact
 import pytest
 import torch
 from conftest import (
@@ -22,7 +23,6 @@ from conftest import (
 from torch import nn
 
 import blip_helpers
-import inf2.artifact
 from blip_helpers import (
     BlipShapes,
     CachedDecoder,

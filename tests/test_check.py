@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from conftest import TESTS, TINY_SHAPES, make_pixels, make_questions, make_tiny_blip, read_json, start_python
 from hypothesis import given
 from hypothesis import strategies as st
+from inf2.lowering import XlaProcess, xla_process
 from torch import nn
 from transformers import BertConfig, BlipForImageTextRetrieval, ResNetConfig, ResNetForImageClassification
 
 import blip_helpers as bh
-from inf2.lowering import XlaProcess, xla_process
 
 ROOT = TESTS.parent
 needs_xla = pytest.mark.skipif(importlib.util.find_spec("torch_xla") is None, reason="torch-xla is not installed")
