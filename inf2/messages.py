@@ -32,7 +32,7 @@ def hash_code(module):
 
     classes = {type(part) for part in module.modules()}
     functions = {c: {n: inspect.unwrap(f) for n, f in vars(c).items() if inspect.isfunction(f)} for c in classes}
-    return {
-        f"{c.__module__}.{c.__qualname__}": sha256({n: tree(f.__code__) for n, f in functions[c].items()})
-        for c in classes
-    }
+    # By name alone: a class that a function made has another qualified name on the other side.
+    return sorted(
+        [c.__module__, c.__name__, sha256({n: tree(f.__code__) for n, f in functions[c].items()})] for c in classes
+    )

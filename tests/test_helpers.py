@@ -1,5 +1,8 @@
 """The small helpers that every notebook uses, and what importing the module does not do."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import TESTS, read_json, start_python
@@ -11,6 +14,7 @@ from blip_helpers import (
     default_backend,
     progress,
     question_count,
+    refused,
     show_source,
     what_runs_here,
 )
@@ -175,3 +179,27 @@ def test_importing_changes_nothing(imported):
 
 def test_importing_makes_no_model(imported):
     assert imported["models"] == []
+
+
+@pytest.mark.parametrize("call", ["check_close(torch.zeros(2), torch.ones(2), 1e-4)", "check_equal([1], [2])"])
+def test_a_comparison_fails_under_python_O_as_well(call):
+    code = f"import torch; from inf2 import check_close, check_equal; {call}"
+    done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "AssertionError" in done.stderr and "OK" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "printed"),
+    [(ValueError("first\nsecond"), "ValueError: first\n"), (torch.jit.Error("first\nsecond"), "Error: second\n")],
+)
+def test_a_refusal_is_printed_with_its_sentence(error, printed, capsys):
+    def fail(*inputs):
+        raise error
+
+    refused(fail, 1, 2)
+    assert capsys.readouterr().out == printed
+
+
+def test_what_is_not_refused_fails():
+    with pytest.raises(AssertionError, match="nothing was refused"):
+        refused(print)
