@@ -53,33 +53,7 @@ def parts_of(source, shapes, decoders):
 def check(arguments):
     """Lower and check every graph; a table, then what was found."""
     parts, vocab_size = parts_of(arguments.model, shapes_of(arguments), arguments.decoders)
-    print(
-        f"{'graph':<26}{'operators':>10}{'inputs':>8}{'state':>7}{'weights':>12}{'GFLOP':>9}{'difference':>12}  found"
-    )
-    findings, notes = [], {}
-    for name, checked in bh.check_parts(parts, vocab_size):
-        findings += [f"{name}: {finding}" for finding in checked.findings]
-        notes |= dict.fromkeys(checked.notes)
-        print(f"{name:<26}{row_of(checked, parts[name])}", flush=True)
-    for line in findings:
-        print(f"FOUND {line}")
-    for line in notes:
-        print(f"note  {line}")
-    print(f"{len(parts)} graphs checked, {len(findings)} findings. Nothing was compiled: neuronx-cc has the last word.")
-    return int(bool(findings))
-
-
-def row_of(checked, part):
-    if checked.lowered is None:
-        return f"{'not lowered':>10}{'':>8}{'':>7}{'':>12}{'':>9}{'':>11}  {len(checked.findings)}"
-    lowered = checked.lowered
-    kinds = [parameter.kind for parameter in lowered.parameters]
-    weights = sum(parameter.nbytes for parameter in lowered.parameters if parameter.kind == "weight") / 1e6
-    flops = bh.count_flops(*part) / 1e9
-    return (
-        f"{sum(lowered.operators.values()):>10,}{kinds.count('input'):>8}{kinds.count('state'):>7}"
-        f"{weights:>9.1f} MB{flops:>9.2f}{checked.difference:>12.0e}  {len(checked.findings) or 'none'}"
-    )
+    return bh.print_checks(bh.check_parts(parts, vocab_size), parts)
 
 
 def compile_(arguments):

@@ -9,106 +9,40 @@ Facts about Neuron come from the AWS Neuron SDK documentation, https://awsdocs-n
 
 import contextlib
 import copy
-import os
 import threading
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from inf2 import *  # noqa: F403 (all of it, so that a notebook needs one import)
-from inf2 import count_cost, describe, load_parts, read_manifest, state_aliases, trace_parts
+from inf2 import describe, load_parts, read_manifest, state_aliases, trace_parts
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoTokenizer,
     BlipConfig,
     BlipForQuestionAnswering,
-    BlipProcessor,
     GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
-    ResNetForImageClassification,
 )
 from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithCrossAttentions
-from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.blip.modeling_blip_text import BlipTextLayer
-from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
-from transformers.utils import logging as transformers_logging
 
+from blip_checkpoints import MODELS, load_blip, load_config, load_resnet, question_count, uses_bundled_models  # noqa: F401
 from blip_inputs import (
     ChecksRequests,
+    check_model,
     check_parts,  # noqa: F401 (notebook 06 and the commands check with it)
-    pixel_values_of,
-    question_tokens,
+    requests,
     rows_per_question,
-    setting_of,
     whole_number,
 )
-
-MODELS = Path(__file__).parent / "models"
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 01  Which model; trace a module
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def uses_bundled_models():
-    """Whether the notebooks run on this repository's own models: only of them are accuracies asserted."""
-    return not (os.environ.get("BLIP_MODEL") or os.environ.get("RESNET_MODEL"))
-
-
-def question_count(most=1000):
-    """How many questions to ask: what ``QUESTIONS`` in the environment says, else 1,000 (20 for another checkpoint)."""
-    given = os.environ.get("QUESTIONS") or ("1000" if uses_bundled_models() else "20")
-    if not given.isdecimal() or int(given) < 1:
-        raise ValueError(f"QUESTIONS is {given!r} in the environment: give a number, 20 or more")
-    return min(most, int(given))
-
-
-def load_resnet(source=None):
-    """Load an image classifier.
-
-    Parameters
-    ----------
-    source : str or Path, optional
-        A directory or a hub name; by default the environment variable ``RESNET_MODEL``, and without it the small
-        model of this repository.
-
-    Returns
-    -------
-    model : ResNetForImageClassification, fp32, in eval mode
-    image_processor : ConvNextImageProcessorPil
-    """
-    source = source or os.environ.get("RESNET_MODEL") or MODELS / "tiny-resnet"
-    model = _load(ResNetForImageClassification, source)
-    return model, ConvNextImageProcessorPil.from_pretrained(source)
-
-
-def load_config(source):
-    """The configuration of a checkpoint, which says what it is; a directory that does not exist is a `ValueError`."""
-    path = Path(source)
-    if not path.exists() and (path.is_absolute() or str(source).startswith((".", "~")) or len(path.parts) > 2):
-        raise ValueError(f"{source} does not exist: pass a directory or a hub name")
-    return AutoConfig.from_pretrained(source)
-
-
-def _load(model_class, source):
-    """Load in fp32 and eval mode, as ordinary tensors even under inference mode, and without a bar on stderr."""
-    architectures = load_config(source).architectures or [model_class.__name__]
-    if model_class.__name__ not in architectures:  # its missing weights would be random numbers
-        raise ValueError(f"{source} is a {', '.join(architectures)}: pass a {model_class.__name__}")
-    bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        with torch.inference_mode(False):
-            return model_class.from_pretrained(source, dtype=torch.float32).eval()
-    finally:
-        if bar:
-            transformers_logging.enable_progress_bar()
 
 
 class Logits(nn.Module):
@@ -177,27 +111,6 @@ class BlipShapes:
     def longest_question(self):
         """Q: what questions are padded to, and what the decoder was traced for."""
         return self.question_lengths[-1]
-
-
-def load_blip(source=None):
-    """Load a visual-question-answering model, as Hugging Face made it.
-
-    Parameters
-    ----------
-    source : str or Path, optional
-        A directory or a hub name such as ``Salesforce/blip-vqa-base``; by default the environment variable
-        ``BLIP_MODEL``, and without it the small model of this repository.
-
-    Returns
-    -------
-    model : BlipForQuestionAnswering, fp32, in eval mode
-    processor : BlipProcessor
-        With the Pillow image processor, which needs no torchvision: one checkpoint gives the same pixels everywhere.
-    """
-    source = source or os.environ.get("BLIP_MODEL") or MODELS / "tiny-blip-vqa"
-    model = _load(BlipForQuestionAnswering, source)
-    image_processor = BlipImageProcessorPil.from_pretrained(source)
-    return model, BlipProcessor(image_processor, AutoTokenizer.from_pretrained(source))
 
 
 class NeuronVisionModel(nn.Module):
@@ -625,8 +538,7 @@ def trace(
     decoder="cached",
     greedy=False,
     dtype=torch.float32,
-    backend=None,
-    compiler_args=None,
+    **compiling,
 ):
     """Trace the parts of `model` into `directory` and load them as one model.
 
@@ -647,7 +559,7 @@ def trace(
         Of a cached decoder: choose the token inside the graph, which returns ids and no logits.
     dtype : {torch.float32, torch.bfloat16}
         What matrices are multiplied in; see `round_matrices`. On Neuron the compiler's flags say it.
-    backend, compiler_args
+    **compiling : backend, compiler_args
         As in `trace_module`.
 
     Returns
@@ -659,10 +571,8 @@ def trace(
     ValueError
         If an argument is not of the kind described here.
     """
-    shapes = BlipShapes() if shapes is None else shapes
-    description = _description(model, shapes, decoder, greedy)
-    parts = _with_aliases(parts_to_trace(model, shapes, description["decoder"]))
-    trace_parts(parts, directory, description, dtype=dtype, backend=backend, compiler_args=compiler_args)
+    parts, description = _artifact(model, shapes, decoder, greedy)
+    trace_parts(parts, directory, description, dtype=dtype, **compiling)
     return NeuronBlipForQuestionAnswering.from_pretrained(directory)
 
 
@@ -681,48 +591,25 @@ def compile_for_inf2(
     ValueError
         As `trace`; also where torch_neuronx is not installed.
     """
-    shapes = BlipShapes() if shapes is None else shapes
-    description = _description(model, shapes, decoder, greedy)
-    parts = _with_aliases(parts_to_trace(model, shapes, description["decoder"]))
+    parts, description = _artifact(model, shapes, decoder, greedy)
     how = {"dtype": dtype, "backend": "neuron", "compiler_args": compiler_args, "cpu_backend": True}
     trace_parts(parts, directory, description, **how)
 
 
-def _description(model, shapes, decoder, greedy):
-    """What the manifest says of a BLIP's parts."""
-    check_model(model, shapes, decoder, greedy)
-    return {
+def _artifact(model, shapes, decoder, greedy):
+    """The parts of a BLIP with their aliases, and what the manifest says of them."""
+    shapes = BlipShapes() if shapes is None else shapes
+    check_model(model, decoder, greedy)
+    if not isinstance(shapes, BlipShapes):
+        raise ValueError(f"shapes is a {type(shapes).__name__}: pass BlipShapes(...)")
+    parts = parts_to_trace(model, shapes, "greedy" if greedy else decoder)
+    description = {
         "shapes": asdict(shapes),
         "decoder": "greedy" if greedy else decoder,
         "config": model.config.to_dict(),
         "generation_config": model.text_decoder.generation_config.to_dict(),
     }
-
-
-def _with_aliases(parts):
-    return {name: (module, inputs, state_aliases(module)) for name, (module, inputs) in parts.items()}
-
-
-def check_model(model, shapes, decoder, greedy):
-    """Raise a `ValueError` unless it is a model, and a kind of decoder, that can be traced."""
-    if decoder not in ("cached", "padded"):
-        raise ValueError(f"decoder is {decoder!r}; there are 'cached' and 'padded'")
-    if greedy and decoder != "cached":
-        raise ValueError("greedy=True chooses the token inside a cached decoder: pass decoder='cached' with it")
-    if not isinstance(model, BlipForQuestionAnswering) or isinstance(model, NeuronBlipForQuestionAnswering):
-        raise ValueError(f"model is a {type(model).__name__}: pass a BlipForQuestionAnswering that is not compiled")
-    if model.decoder_start_token_id != model.config.text_config.bos_token_id:
-        raise ValueError(
-            f"decoder_start_token_id is {model.decoder_start_token_id}, bos_token_id of the text_config "
-            f"{model.config.text_config.bos_token_id}: a compiled model starts with the latter, set both"
-        )
-    if not isinstance(shapes, BlipShapes):
-        raise ValueError(f"shapes is a {type(shapes).__name__}: pass BlipShapes(...)")
-    if any(module.training for module in model.modules()):
-        raise ValueError("the model is in training mode, a trace would keep its dropout: call model.eval() first")
-    others = {describe(p).split()[0] for p in model.parameters()} - {"float32"}
-    if others:
-        raise ValueError(f"the model has weights in {', '.join(others)}; float32 is what is traced: call model.float()")
+    return {name: (module, inputs, state_aliases(module)) for name, (module, inputs) in parts.items()}, description
 
 
 def infer(model, processor, text, image, **generate_kwargs):
@@ -748,48 +635,9 @@ def infer(model, processor, text, image, **generate_kwargs):
     ValueError
         If a question is empty or longer than what was traced, an image is none, or the arguments do not fit.
     """
-    if not isinstance(text, str | list | tuple):
-        raise ValueError(f"question is a {type(text).__name__}: pass a str, or a list of them")
-    questions = [text] if isinstance(text, str) else list(text)
-    encoded = isinstance(image, BaseModelOutputWithPooling)
-    if encoded and not isinstance(model, NeuronBlipForQuestionAnswering):
-        raise ValueError("image is an encoded one, which only a compiled model takes: pass the picture")
-    images = list(model.check_encoded(image)) if encoded else image
-    images = list(images) if isinstance(images, list | tuple) else [images]
-    images = images * len(questions) if len(images) == 1 and not isinstance(image, list | tuple) else images
-    if len(images) != len(questions):
-        raise ValueError(f"{len(images)} images for {len(questions)} questions: pass an image each, or one for all")
-    own = model.text_decoder.generation_config
-    if setting_of("num_return_sequences", generate_kwargs, own) not in (None, 1):
-        raise ValueError("infer gives one answer a question: call model.generate() for num_return_sequences > 1")
-    if setting_of("return_dict_in_generate", generate_kwargs, own):
-        raise ValueError("infer gives texts: call model.generate() for return_dict_in_generate")
-    token_ids = [question_tokens(processor, question) for question in questions]
-    together = 1
-    if isinstance(model, NeuronBlipForQuestionAnswering):
-        together = max(1, model.shapes.rows // rows_per_question(generate_kwargs, own))
-        if len(questions) > together and setting_of("do_sample", generate_kwargs, own):
-            raise ValueError(
-                f"{len(questions)} questions are more than the {together} that fit into one call, and sampling in "
-                "several calls would draw other random numbers: pass fewer, or trace a larger batch_size"
-            )
-    answers, pixels = [], {}
-    for start in range(0, len(questions), together):
-        batch = slice(start, start + together)
-        padded = processor.tokenizer.pad({"input_ids": token_ids[batch]}, padding_side="right", return_tensors="pt")
-        if encoded:
-            given = {"image": BaseModelOutputWithPooling(last_hidden_state=torch.stack(images[batch]))}
-            output = model.generate(padded.input_ids, attention_mask=padded.attention_mask, **given, **generate_kwargs)
-            answers += processor.batch_decode(output, skip_special_tokens=True)
-            continue
-        # A picture that was in the batch before is not processed again; others are forgotten.
-        pixels = {id(picture): pixels.get(id(picture)) for picture in images[batch]}
-        for picture in images[batch]:
-            if pixels[id(picture)] is None:
-                pixels[id(picture)] = pixel_values_of(processor, picture)
-        pixel_values = torch.cat([pixels[id(picture)] for picture in images[batch]])
-        output = model.generate(padded.input_ids, pixel_values, attention_mask=padded.attention_mask, **generate_kwargs)
-        answers += processor.batch_decode(output, skip_special_tokens=True)
+    answers = []
+    for inputs in requests(model, processor, text, image, generate_kwargs):
+        answers += processor.batch_decode(model.generate(**inputs, **generate_kwargs), skip_special_tokens=True)
     return answers[0] if isinstance(text, str) else answers
 
 
@@ -886,23 +734,54 @@ class CachedTextEncoder(nn.Module):
         return torch.stack([split_heads(project(features), self.heads) for project in self.projections], dim=1)
 
 
+class DecoderState(NamedTuple):
+    """The state of a `CachedDecoder` by its names; on Neuron its tensors lie in this order.
+
+    For each layer keys and values fp32 [R, H, Q, D / H] of the question, which the question graph made, and of the
+    answer so far, fp32 [R, H, A, D / H]; between them the question's mask, fp32 [R, Q].
+    """
+
+    question: list
+    question_mask: torch.Tensor
+    answer: list
+
+    @classmethod
+    def of(cls, tensors):
+        """The 4 L + 1 tensors of a state: keys and values of layer 0, of layer 1 ..., mask, keys and values again."""
+        middle = len(tensors) // 2
+        pairs = [list(zip(some[::2], some[1::2], strict=True)) for some in (tensors[:middle], tensors[middle + 1 :])]
+        return cls(pairs[0], tensors[middle], pairs[1])
+
+    def tensors(self):
+        """The same, one after another."""
+        return (
+            *(t for pair in self.question for t in pair),
+            self.question_mask,
+            *(t for pair in self.answer for t in pair),
+        )
+
+
 class CachedDecoder(nn.Module):
     """The answer graph with a memory: the last token of each row in, the logits of the next one out.
 
-    ``state`` holds, as Parameters of R rows, keys and values of the question for each of the L layers, the question's
-    mask, and keys and values of the answer so far, of fixed length A. On Neuron they stay on the device from call to
-    call (``input_output_aliases``). They are registered first: there, as in AWS's T5 tutorial, a traced module's
-    parameters begin with its state.
+    ``state`` holds a `DecoderState` as Parameters. On Neuron they stay on the device from call to call
+    (``input_output_aliases``). They are registered first: there, as in AWS's T5 tutorial, a traced module's parameters
+    begin with its state.
     """
 
     def __init__(self, model, shapes):
         super().__init__()
-        config = model.config
-        heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-        question = [(shapes.rows, heads, shapes.longest_question, size)] * (2 * config.num_hidden_layers)
-        answer = [(shapes.rows, heads, shapes.answer_length, size)] * (2 * config.num_hidden_layers)
-        sizes = [*question, (shapes.rows, shapes.longest_question), *answer]
-        self.state = nn.ParameterList(nn.Parameter(torch.zeros(s), requires_grad=False) for s in sizes)
+        layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
+
+        def zeros(*size):
+            return nn.Parameter(torch.zeros(shapes.rows, *size), requires_grad=False)
+
+        def keys_and_values(length):
+            size = heads, length, model.config.hidden_size // heads
+            return [(zeros(*size), zeros(*size)) for _ in range(layers)]
+
+        question, answer = keys_and_values(shapes.longest_question), keys_and_values(shapes.answer_length)
+        self.state = nn.ParameterList(DecoderState(question, zeros(shapes.longest_question), answer).tensors())
         # The same weights, without those that a CachedTextEncoder has.
         self.decoder = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
         for layer in self.decoder.bert.encoder.layer:
@@ -910,27 +789,30 @@ class CachedDecoder(nn.Module):
 
     def forward(self, input_ids, position, beam_rows):
         """input_ids int64 [R, 1], position int64 [1], beam_rows int64 [R] (the row that each row goes on from)
-        -> logits fp32 [R, 1, V], and the state
-
-        What lies beyond the position is replaced, not multiplied by 0: a NaN of an earlier call would survive that."""
-        layers = self.decoder.bert.encoder.layer
-        question, mask, answer = [*self.state][: 2 * len(layers)], self.state[2 * len(layers)], []
-        before = [*self.state][2 * len(layers) + 1 :]
-        slots = torch.arange(before[0].shape[2], device=input_ids.device)
+        -> logits fp32 [R, 1, V], and the state"""
+        state, answer = DecoderState.of([*self.state]), []
+        slots = torch.arange(state.answer[0][0].shape[2], device=input_ids.device)
         here, earlier = (slots == position)[:, None], (slots < position)[:, None]
         answer_mask = additive_mask((slots <= position).long()[None, None])
-        question_mask = additive_mask(mask[:, None])
+        question_mask = additive_mask(state.question_mask[:, None])
         hidden = self.decoder.bert.embeddings(input_ids=input_ids, position_ids=position[None])
-        for i, layer in enumerate(layers):
-            attention = layer.attention.self
-            for kept, project in zip(before[2 * i : 2 * i + 2], (attention.key, attention.value), strict=True):
-                kept = torch.where(earlier, kept.index_select(0, beam_rows), 0.0)
-                answer.append(torch.where(here, split_heads(project(hidden), kept.shape[1]), kept))
-            hidden = layer.attention.output(attend(attention, hidden, *answer[-2:], answer_mask), hidden)
-            across = layer.crossattention
-            hidden = across.output(attend(across.self, hidden, *question[2 * i : 2 * i + 2], question_mask), hidden)
+        for layer, question, kept in zip(self.decoder.bert.encoder.layer, state.question, state.answer, strict=True):
+            attention, across = layer.attention.self, layer.crossattention
+            keys = update(kept[0], attention.key(hidden), here, earlier, beam_rows)
+            values = update(kept[1], attention.value(hidden), here, earlier, beam_rows)
+            answer.append((keys, values))
+            hidden = layer.attention.output(attend(attention, hidden, keys, values, answer_mask), hidden)
+            hidden = across.output(attend(across.self, hidden, *question, question_mask), hidden)
             hidden = layer.feed_forward_chunk(hidden)
-        return self.decoder.cls(hidden), *question, mask, *answer
+        return self.decoder.cls(hidden), *state._replace(answer=answer).tensors()
+
+
+def update(kept, projected, here, earlier, beam_rows):
+    """Keys or values [R, H, A, D / H] with those of this token, [R, 1, D], in their slot and nothing behind it.
+
+    What lies beyond is replaced, not multiplied by 0: a NaN of an earlier call would survive that."""
+    kept = torch.where(earlier, kept.index_select(0, beam_rows), 0.0)
+    return torch.where(here, split_heads(projected, kept.shape[1]), kept)
 
 
 class GreedyDecoder(CachedDecoder):
@@ -1087,11 +969,6 @@ def load_replicas(directory, n):
     """Load what `trace` left in `directory` n times, each copy with a state of its own; on Neuron one a NeuronCore."""
     whole_number("n", n)
     return [NeuronBlipForQuestionAnswering.from_pretrained(directory, core=core) for core in range(n)]
-
-
-def count_flops(module, example_inputs):
-    """Floating-point operations of a call, as `count_cost` counts them."""
-    return count_cost(module, example_inputs).flops
 
 
 def parts_of_every_decoder(model, shapes, decoders=("padded", "cached", "greedy")):

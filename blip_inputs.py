@@ -2,6 +2,7 @@
 
 import torch
 from inf2 import check_module, describe, describe_inputs, state_aliases, state_of
+from transformers import BlipForQuestionAnswering
 from transformers.image_utils import is_valid_image
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -110,6 +111,81 @@ NOT_COMPILED = (
     "past_key_values",
     "prompt_lookup_num_tokens",
 )
+
+
+def requests(model, processor, text, image, generate_kwargs):
+    """What `infer` is given, as inputs of ``generate()``: yields a dict for each call that `model` takes at once."""
+    questions, images, encoded = pair_up(model, text, image)
+    together = how_many_together(model, len(questions), generate_kwargs)
+    token_ids = [question_tokens(processor, question) for question in questions]
+    pixels = {}
+    for start in range(0, len(questions), together):
+        batch = slice(start, start + together)
+        padded = processor.tokenizer.pad({"input_ids": token_ids[batch]}, padding_side="right", return_tensors="pt")
+        inputs = {"input_ids": padded.input_ids, "attention_mask": padded.attention_mask}
+        if encoded:
+            yield inputs | {"image": BaseModelOutputWithPooling(last_hidden_state=torch.stack(images[batch]))}
+            continue
+        # A picture that was in the batch before is not processed again; others are forgotten.
+        pixels = {id(picture): pixels.get(id(picture)) for picture in images[batch]}
+        for picture in images[batch]:
+            if pixels[id(picture)] is None:
+                pixels[id(picture)] = pixel_values_of(processor, picture)
+        yield inputs | {"pixel_values": torch.cat([pixels[id(picture)] for picture in images[batch]])}
+
+
+def pair_up(model, text, image):
+    """Questions and images of one length, and whether the images are encoded."""
+    if not isinstance(text, str | list | tuple):
+        raise ValueError(f"question is a {type(text).__name__}: pass a str, or a list of them")
+    questions = [text] if isinstance(text, str) else list(text)
+    encoded = isinstance(image, BaseModelOutputWithPooling)
+    if encoded and not isinstance(model, ChecksRequests):
+        raise ValueError("image is an encoded one, which only a compiled model takes: pass the picture")
+    images = list(model.check_encoded(image)) if encoded else image
+    images = list(images) if isinstance(images, list | tuple) else [images]
+    images = images * len(questions) if len(images) == 1 and not isinstance(image, list | tuple) else images
+    if len(images) != len(questions):
+        raise ValueError(f"{len(images)} images for {len(questions)} questions: pass an image each, or one for all")
+    return questions, images, encoded
+
+
+def how_many_together(model, questions, generate_kwargs):
+    """How many of so many questions a call of `model` takes; what gives no text each is a `ValueError`."""
+    own = model.text_decoder.generation_config
+    if setting_of("num_return_sequences", generate_kwargs, own) not in (None, 1):
+        raise ValueError("infer gives one answer a question: call model.generate() for num_return_sequences > 1")
+    if setting_of("return_dict_in_generate", generate_kwargs, own):
+        raise ValueError("infer gives texts: call model.generate() for return_dict_in_generate")
+    together = 1
+    if isinstance(model, ChecksRequests):
+        together = max(1, model.shapes.rows // rows_per_question(generate_kwargs, own))
+        if questions > together and setting_of("do_sample", generate_kwargs, own):
+            raise ValueError(
+                f"{questions} questions are more than the {together} that fit into one call, and sampling in "
+                "several calls would draw other random numbers: pass fewer, or trace a larger batch_size"
+            )
+    return together
+
+
+def check_model(model, decoder, greedy):
+    """Raise a `ValueError` unless it is a model, and a kind of decoder, that can be traced."""
+    if decoder not in ("cached", "padded"):
+        raise ValueError(f"decoder is {decoder!r}; there are 'cached' and 'padded'")
+    if greedy and decoder != "cached":
+        raise ValueError("greedy=True chooses the token inside a cached decoder: pass decoder='cached' with it")
+    if not isinstance(model, BlipForQuestionAnswering) or isinstance(model, ChecksRequests):
+        raise ValueError(f"model is a {type(model).__name__}: pass a BlipForQuestionAnswering that is not compiled")
+    if model.decoder_start_token_id != model.config.text_config.bos_token_id:
+        raise ValueError(
+            f"decoder_start_token_id is {model.decoder_start_token_id}, bos_token_id of the text_config "
+            f"{model.config.text_config.bos_token_id}: a compiled model starts with the latter, set both"
+        )
+    if any(module.training for module in model.modules()):
+        raise ValueError("the model is in training mode, a trace would keep its dropout: call model.eval() first")
+    others = {describe(p).split()[0] for p in model.parameters()} - {"float32"}
+    if others:
+        raise ValueError(f"the model has weights in {', '.join(others)}; float32 is what is traced: call model.float()")
 
 
 def question_tokens(processor, question):

@@ -2,7 +2,7 @@
 
 ``python -m inf2 check FILE.py:FUNCTION`` checks modules from the command line. Each module here has one subject and
 imports only those that stand above it: tensors, files, rounding, stand_in, tracing, artifact, hlo, messages, recording
-(which runs in a child process alone), lowering, rules, checks, cost, notebook.
+(which runs in a child process alone), lowering, rules, checks, cost, table, notebook.
 """
 
 from inf2.artifact import load_parts, read_manifest, trace_parts
@@ -14,6 +14,7 @@ from inf2.lowering import Lowered, XlaGraph, lower_module
 from inf2.notebook import check_close, check_equal, progress, refused, show_source, what_runs_here
 from inf2.rounding import ImitatedAutoCast, round_matrices
 from inf2.rules import REFUSED_OPERATORS, REFUSED_TYPES, REPORTED_OPERATORS
+from inf2.table import print_checks
 from inf2.tensors import StaticGraph, check_inputs, describe, describe_inputs, state_aliases, state_of
 from inf2.tracing import default_backend, load_traced, neuron_compiler_args, save_traced, trace_module
 
@@ -44,6 +45,7 @@ __all__ = [
     "load_traced",
     "lower_module",
     "neuron_compiler_args",
+    "print_checks",
     "progress",
     "read_manifest",
     "refused",

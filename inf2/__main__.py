@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from inf2.checks import check_module
-from inf2.cost import count_cost
+from inf2.table import print_checks
 from inf2.tensors import state_aliases
 
 
@@ -63,40 +63,6 @@ def check_parts(parts):
             yield name, check_module(module, examples, input_output_aliases=state_aliases(module))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-
-
-def print_checks(checked, parts):
-    """Print a row for each of `checked` (names and `Checked`, as they come), then what was found: the exit status.
-
-    `parts` has for each name the module and one call's inputs.
-    """
-    print(
-        f"{'graph':<26}{'operators':>10}{'inputs':>8}{'state':>7}{'weights':>12}{'GFLOP':>9}{'difference':>12}  found"
-    )
-    findings, notes = [], {}
-    for name, result in checked:
-        findings += [f"{name}: {finding}" for finding in result.findings]
-        notes |= dict.fromkeys(result.notes)
-        print(f"{name:<26}{row_of(result, parts[name])}", flush=True)
-    for line in findings:
-        print(f"FOUND {line}")
-    for line in notes:
-        print(f"note  {line}")
-    print(f"{len(parts)} graphs checked, {len(findings)} findings. Nothing was compiled: neuronx-cc has the last word.")
-    return int(bool(findings))
-
-
-def row_of(checked, part):
-    if checked.lowered is None:
-        return f"{'not lowered':>10}{'':>8}{'':>7}{'':>12}{'':>9}{'':>11}  {len(checked.findings)}"
-    lowered = checked.lowered
-    kinds = [parameter.kind for parameter in lowered.parameters]
-    weights = sum(parameter.nbytes for parameter in lowered.parameters if parameter.kind == "weight") / 1e6
-    return (
-        f"{sum(lowered.operators.values()):>10,}{kinds.count('input'):>8}{kinds.count('state'):>7}"
-        f"{weights:>9.1f} MB{count_cost(*part).flops / 1e9:>9.2f}{checked.difference:>12.0e}"
-        f"  {len(checked.findings) or 'none'}"
-    )
 
 
 def main():

@@ -52,17 +52,18 @@ def check_equal(actual, expected, what="answers"):
     print(f"OK  {len(actual)}/{len(actual)} {what} equal")
 
 
-def refused(call, *inputs):
-    """Make a call that has to fail, and print its kind of error with the message.
+def refused(call, *inputs, sentence=0):
+    """Make a call that has to fail, and print its kind of error with one sentence of the message.
 
-    Of a message of several lines one is printed: of an error inside TorchScript the last, which is what was raised
-    there, of any other the first. An `AssertionError` where nothing was refused.
+    It stands in the message's first line; of an error inside TorchScript in the last, which is what was raised there.
+    An `AssertionError` where nothing was refused.
     """
     try:
         call(*inputs)
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
-        print(f"{type(error).__name__}: {lines[-1] if isinstance(error, torch.jit.Error) else lines[0]}")
+        line = lines[-1] if isinstance(error, torch.jit.Error) else lines[0]
+        print(f"{type(error).__name__}: {line.split('. ')[sentence]}")
     else:
         raise AssertionError("nothing was refused")
 

@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from hypothesis import settings
+from torch import nn
 from transformers import BertTokenizer, BlipConfig, BlipForQuestionAnswering, BlipImageProcessorPil, BlipProcessor
 
 import blip_helpers
@@ -105,6 +106,14 @@ def compiled(request, tiny, tmp_path_factory):
     return blip_helpers.trace(tiny, tmp_path_factory.mktemp(request.param), TINY_SHAPES, decoder=request.param)
 
 
+@pytest.fixture(scope="session")
+def assembled(tiny):
+    """The assembled model around parts that are not traced: for what has nothing to do with a trace."""
+    graphs = {name: module for name, (module, _) in blip_helpers.parts_to_trace(tiny, TINY_SHAPES, "padded").items()}
+    generation_config = tiny.text_decoder.generation_config
+    return blip_helpers.NeuronBlipForQuestionAnswering(tiny.config, graphs, TINY_SHAPES, generation_config)
+
+
 @pytest.fixture
 def artifact(traced_directory, tmp_path):
     """A copy of the traced model on disk."""
@@ -145,6 +154,11 @@ def answer_eagerly(model, questions, pixels, **generate_kwargs):
     return answers
 
 
+def question_embeds(model, ids, mask, pixels):
+    image_embeds = model.vision_model(pixels).last_hidden_state
+    return model.text_encoder(ids, attention_mask=mask, encoder_hidden_states=image_embeds).last_hidden_state
+
+
 def cut(rows):
     """Rows of token ids up to their end tokens: what follows in a batch fills up to its longest answer."""
     rows, end = [list(map(int, row)) for row in rows], WORDS.index("[SEP]")
@@ -169,3 +183,31 @@ def read_json(process):
     output, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors
     return json.loads(output.splitlines()[-1])
+
+
+# For modules that are no BLIP
+
+needs_xla = pytest.mark.skipif(importlib.util.find_spec("torch_xla") is None, reason="torch-xla is not installed")
+X = torch.tensor([[0.5, -1.0, 2.0, -0.25], [1.5, 3.0, -2.0, 0.75]])
+Y = torch.tensor([[-0.5, 1.0, -3.0, 1.25], [2.5, -1.0, 0.5, -0.75]])
+
+
+class Apply(nn.Module):
+    """A function as a module, with a matrix of its own."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.weight = nn.Parameter(torch.randn(1, 2, 4, 4), requires_grad=False)
+
+    def forward(self, x, *more):
+        return self.function(self, x, *more)
+
+
+class Counter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.total = nn.Parameter(torch.zeros(2, 4), requires_grad=False)
+
+    def forward(self, x):
+        return self.total * 2, self.total + x

@@ -26,7 +26,7 @@ from blip_helpers import (
     NeuronBlipForQuestionAnswering,
     acting_question_mask,
     check_close,
-    count_flops,
+    count_cost,
     infer,
     load_replicas,
     parts_to_trace,
@@ -413,7 +413,8 @@ def test_a_further_question_costs_a_twentieth_of_the_first(full_size):
         shapes = BlipShapes(batch_size=questions, question_length=16, answer_length=5)
         with torch.device("meta"):
             parts = parts_to_trace(full_size, shapes)
-            image, question, step = (count_flops(*parts[n]) for n in ("vision_model", "text_encoder", "text_decoder"))
+            names = "vision_model", "text_encoder", "text_decoder"
+            image, question, step = (count_cost(*parts[name]).flops for name in names)
         return image + question + (shapes.answer_length - 1) * step
 
     first, both = flops(1), flops(2)
@@ -424,7 +425,7 @@ def test_a_further_question_costs_a_twentieth_of_the_first(full_size):
 def test_a_decoded_token_costs_little_more_than_its_matrices(full_size, answer_length):
     with torch.device("meta"):
         decoder, inputs = parts_to_trace(full_size, BlipShapes(1, 1, 16, answer_length))["text_decoder"]
-        counted = count_flops(decoder, inputs)
+        counted = count_cost(decoder, inputs).flops
     matrices = sum(layer.weight.numel() for layer in decoder.modules() if isinstance(layer, torch.nn.Linear))
     assert 2 * matrices <= counted <= 1.05 * 2 * matrices
 

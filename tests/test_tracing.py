@@ -102,7 +102,7 @@ def messages(two, tmp_path_factory):
     code = """
 import json, sys
 from blip_helpers import load_traced
-from test_trace_module import LEFT, RIGHT, refusals
+from test_tracing import LEFT, RIGHT, refusals
 traced, frozen = (load_traced(f"{sys.argv[1]}/{name}.pt") for name in ("traced", "frozen"))
 right = [traced(LEFT, RIGHT).tolist(), frozen(LEFT, RIGHT).tolist()]
 print(json.dumps([refusals(traced), refusals(frozen), right]))

@@ -1,0 +1,94 @@
+"""Which models notebooks and commands run on: the bundled ones, or what ``BLIP_MODEL`` and ``RESNET_MODEL`` name."""
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BlipForQuestionAnswering,
+    BlipProcessor,
+    ResNetForImageClassification,
+)
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
+from transformers.utils import logging as transformers_logging
+
+MODELS = Path(__file__).parent / "models"
+
+
+def uses_bundled_models():
+    """Whether the notebooks run on this repository's own models: only of them are accuracies asserted."""
+    return not (os.environ.get("BLIP_MODEL") or os.environ.get("RESNET_MODEL"))
+
+
+def question_count(most=1000):
+    """How many questions to ask: what ``QUESTIONS`` in the environment says, else 1,000 (20 for another checkpoint)."""
+    given = os.environ.get("QUESTIONS") or ("1000" if uses_bundled_models() else "20")
+    if not given.isdecimal() or int(given) < 1:
+        raise ValueError(f"QUESTIONS is {given!r} in the environment: give a number, 20 or more")
+    return min(most, int(given))
+
+
+def load_config(source):
+    """The configuration of a checkpoint, which says what it is; a directory that does not exist is a `ValueError`."""
+    path = Path(source)
+    if not path.exists() and (path.is_absolute() or str(source).startswith((".", "~")) or len(path.parts) > 2):
+        raise ValueError(f"{source} does not exist: pass a directory or a hub name")
+    return AutoConfig.from_pretrained(source)
+
+
+def load_pretrained(model_class, source):
+    """Load in fp32 and eval mode, as ordinary tensors even under inference mode, and without a bar on stderr."""
+    architectures = load_config(source).architectures or [model_class.__name__]
+    if model_class.__name__ not in architectures:  # its missing weights would be random numbers
+        raise ValueError(f"{source} is a {', '.join(architectures)}: pass a {model_class.__name__}")
+    bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with torch.inference_mode(False):
+            return model_class.from_pretrained(source, dtype=torch.float32).eval()
+    finally:
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def load_resnet(source=None):
+    """Load an image classifier.
+
+    Parameters
+    ----------
+    source : str or Path, optional
+        A directory or a hub name; by default the environment variable ``RESNET_MODEL``, and without it the small
+        model of this repository.
+
+    Returns
+    -------
+    model : ResNetForImageClassification, fp32, in eval mode
+    image_processor : ConvNextImageProcessorPil
+    """
+    source = source or os.environ.get("RESNET_MODEL") or MODELS / "tiny-resnet"
+    model = load_pretrained(ResNetForImageClassification, source)
+    return model, ConvNextImageProcessorPil.from_pretrained(source)
+
+
+def load_blip(source=None):
+    """Load a visual-question-answering model, as Hugging Face made it.
+
+    Parameters
+    ----------
+    source : str or Path, optional
+        A directory or a hub name such as ``Salesforce/blip-vqa-base``; by default the environment variable
+        ``BLIP_MODEL``, and without it the small model of this repository.
+
+    Returns
+    -------
+    model : BlipForQuestionAnswering, fp32, in eval mode
+    processor : BlipProcessor
+        With the Pillow image processor, which needs no torchvision: one checkpoint gives the same pixels everywhere.
+    """
+    source = source or os.environ.get("BLIP_MODEL") or MODELS / "tiny-blip-vqa"
+    model = load_pretrained(BlipForQuestionAnswering, source)
+    image_processor = BlipImageProcessorPil.from_pretrained(source)
+    return model, BlipProcessor(image_processor, AutoTokenizer.from_pretrained(source))
