@@ -3,46 +3,39 @@
 Read it from top to bottom: the order is that of the notebooks. Everywhere, B is the number of questions a call takes, R
 the number of rows the decoder takes (B times the beams), Q the traced question length, A the traced answer length (the
 start token counts), T the number of image tokens, D the hidden size and V the vocabulary size.
-
-Facts about Neuron come from the AWS Neuron SDK documentation, https://awsdocs-neuron.readthedocs-hosted.com, SDK 2.31.
 """
 
 import contextlib
 import copy
-import threading
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from inf2 import *  # noqa: F403 (all of it, so that a notebook needs one import)
-from inf2 import describe, load_parts, read_manifest, state_aliases, trace_parts
+from inf2 import load_parts, read_manifest, state_aliases, trace_parts
 from torch import nn
-from transformers import (
-    BlipConfig,
-    BlipForQuestionAnswering,
-    GenerationConfig,
-    GenerationMixin,
-    PreTrainedModel,
-)
+from transformers import BlipConfig, BlipForQuestionAnswering, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithCrossAttentions
 from transformers.models.blip.modeling_blip_text import BlipTextLayer
 
+from blip_answers import Verified, trim, worst_difference
 from blip_checkpoints import MODELS, load_blip, load_config, load_resnet, question_count, uses_bundled_models  # noqa: F401
+from blip_decoding import OnTheHost, TakesTurns, greedy_loop
+from blip_examples import check_parts, example_inputs  # noqa: F401 (notebook 06 checks with the former)
 from blip_inputs import (
+    BlipShapes,
     ChecksRequests,
     check_model,
-    check_parts,  # noqa: F401 (notebook 06 and the commands check with it)
+    check_tokens,
     requests,
+    rows_by_image,
     rows_per_question,
     whole_number,
 )
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 01  Which model; trace a module
-# ---------------------------------------------------------------------------------------------------------------------
+# 01  Which model; trace a module ------------------------------------------------------------
 
 
 class Logits(nn.Module):
@@ -56,61 +49,7 @@ class Logits(nn.Module):
         return self.model(pixel_values=pixel_values).logits
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 02  Wrap the two encoders
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class BlipShapes:
-    """The sizes that a trace fixes; those of the picture come from the model.
-
-    Parameters
-    ----------
-    batch_size : int
-        B, questions a call of the question graph.
-    num_beams : int
-        The decoder's R rows are ``batch_size * num_beams``: a call of ``generate()`` fits when its questions times its
-        beams (or returned sequences) are no more.
-    question_length : int, or tuple of int
-        Q, tokens of a question with its ``[CLS]`` and ``[SEP]``. Several lengths make a question graph each, of which
-        a call takes the smallest that fits; Q is the longest then.
-    answer_length : int
-        A, tokens of an answer with its start token: at most A - 1 new ones.
-    """
-
-    batch_size: int = 1
-    num_beams: int = 1
-    question_length: int | tuple[int, ...] = 16
-    answer_length: int = 24
-
-    def __post_init__(self):
-        for field in fields(self):
-            least = 2 if field.name == "answer_length" else 1
-            given = getattr(self, field.name)
-            several = field.name == "question_length" and isinstance(given, tuple | list)
-            for value in given if several and given else [given]:
-                if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                    raise ValueError(f"{field.name} is {given!r}: give a whole number of at least {least}")
-        object.__setattr__(self, "question_length", self.question_lengths)
-        if len(self.question_lengths) == 1:
-            object.__setattr__(self, "question_length", self.longest_question)
-
-    @property
-    def rows(self):
-        """R, rows of the decoder."""
-        return self.batch_size * self.num_beams
-
-    @property
-    def question_lengths(self):
-        """The lengths that there is a question graph for, the shortest first."""
-        several = isinstance(self.question_length, tuple | list)
-        return tuple(sorted(set(self.question_length))) if several else (self.question_length,)
-
-    @property
-    def longest_question(self):
-        """Q: what questions are padded to, and what the decoder was traced for."""
-        return self.question_lengths[-1]
+# 02  Wrap the two encoders ------------------------------------------------------------
 
 
 class NeuronVisionModel(nn.Module):
@@ -189,6 +128,11 @@ class NeuronTextEncoder(nn.Module):
         ).last_hidden_state
 
 
+def fill_rows(tensor, rows):
+    """Repeat the last row until there are `rows`; what comes out of such filler is cut off again."""
+    return torch.cat([tensor, tensor[-1:].expand(rows - len(tensor), *tensor.shape[1:])])
+
+
 class TextEncoderWrapper(nn.Module):
     """Stands in for ``model.text_encoder``: any number of questions about one image outside, B at a time inside."""
 
@@ -210,9 +154,22 @@ class TextEncoderWrapper(nn.Module):
         return (torch.cat(questions),)
 
 
-def fill_rows(tensor, rows):
-    """Repeat the last row until there are `rows`; what comes out of such filler is cut off again."""
-    return torch.cat([tensor, tensor[-1:].expand(rows - len(tensor), *tensor.shape[1:])])
+class ShortestQuestionGraph(nn.Module):
+    """Several question graphs as one of the longest's shapes: each call takes the shortest graph that fits."""
+
+    def __init__(self, graphs, shapes):
+        super().__init__()
+        self.graphs = nn.ModuleList(graphs.values())
+        self.lengths = shapes.question_lengths
+
+    def forward(self, input_ids, attention_mask, encoder_hidden_states):
+        """As `NeuronTextEncoder` or `CachedTextEncoder`; what is missing to the length Q is filled with zeros."""
+        tokens = attention_mask.sum(dim=1).max()
+        which = next(i for i, length in enumerate(self.lengths) if tokens <= length)
+        length = self.lengths[which]
+        inputs = input_ids[:, :length].contiguous(), attention_mask[:, :length].contiguous()
+        features = self.graphs[which](*inputs, encoder_hidden_states)
+        return F.pad(features, (0, 0, 0, self.lengths[-1] - length))
 
 
 def pad_question(input_ids, attention_mask, question_length, pad_token_id=0):
@@ -225,12 +182,7 @@ def pad_question(input_ids, attention_mask, question_length, pad_token_id=0):
     """
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-    tensors = isinstance(input_ids, torch.Tensor) and isinstance(attention_mask, torch.Tensor)
-    if not tensors or input_ids.dim() != 2 or attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"input_ids is {describe(input_ids)} and attention_mask {describe(attention_mask)}: both have to be "
-            "[questions, tokens]"
-        )
+    check_tokens(input_ids, attention_mask)
     attention_mask = (attention_mask != 0).long()
     tokens = input_ids.shape[1]
     if tokens > question_length:
@@ -246,9 +198,7 @@ def pad_question(input_ids, attention_mask, question_length, pad_token_id=0):
     return F.pad(input_ids, padding, value=pad_token_id), F.pad(attention_mask, padding)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 03  Pad the decoder
-# ---------------------------------------------------------------------------------------------------------------------
+# 03  Pad the decoder ------------------------------------------------------------
 
 
 class PaddedDecoder(nn.Module):
@@ -290,18 +240,11 @@ class DecoderOutputFormatter(nn.Module):
         return CausalLMOutputWithCrossAttentions(logits=logits)
 
 
-class DecoderPaddedGenerator(PreTrainedModel, GenerationMixin):
+class DecoderPaddedGenerator(OnTheHost, PreTrainedModel, GenerationMixin):
     """Stands in for ``model.text_decoder``: Hugging Face's ``generate()`` around a graph of fixed length.
 
-    Parameters
-    ----------
-    config : BlipTextConfig
-    decoder : nn.Module
-        A `PaddedDecoder`, or what became of it in a trace.
-    shapes : BlipShapes
-    generation_config : GenerationConfig
-        That of ``model.text_decoder``: it, not the whole model's, rules what ``generate()`` does.
-    """
+    `decoder` is a `PaddedDecoder` or what became of it in a trace, `shapes` a `BlipShapes`, and `generation_config`
+    that of ``model.text_decoder``: it, not the whole model's, rules what ``generate()`` does."""
 
     main_input_name = "input_ids"
 
@@ -310,11 +253,6 @@ class DecoderPaddedGenerator(PreTrainedModel, GenerationMixin):
         self.decoder = DecoderOutputFormatter(decoder)
         self.shapes = shapes
         self.generation_config = GenerationConfig.from_dict(generation_config.to_dict() | {"use_cache": False})
-
-    @property
-    def device(self):
-        """Inputs come from and outputs go to the CPU, wherever the graph runs."""
-        return torch.device("cpu")
 
     def prepare_inputs_for_generation(self, input_ids, encoder_hidden_states, encoder_attention_mask, **kwargs):
         """Pad the tokens so far, int64 [rows, so far], to A; a mask that is 1 for them; the last one's position."""
@@ -336,26 +274,22 @@ class DecoderPaddedGenerator(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithCrossAttentions(logits=output.logits[: len(input_ids)])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 04  Assemble and verify
-# ---------------------------------------------------------------------------------------------------------------------
+# 04  Assemble and verify ------------------------------------------------------------
+
+
+def question_graphs(shapes):
+    """The names of the question graphs, with the length of each."""
+    if len(shapes.question_lengths) == 1:
+        return {"text_encoder": shapes.longest_question}
+    return {f"text_encoder_{length}": length for length in shapes.question_lengths}
 
 
 class NeuronBlipForQuestionAnswering(ChecksRequests, BlipForQuestionAnswering):
     """A ``BlipForQuestionAnswering`` whose three parts are graphs of fixed shape.
 
-    Parameters
-    ----------
-    config : BlipConfig
-    graphs : dict of str to nn.Module
-        By the names of `parts_to_trace`: traced, or the modules that are traced (which keep no state: a cached decoder
-        has to be traced).
-    shapes : BlipShapes
-    generation_config : GenerationConfig
-        That of the text decoder.
-    decoder : type
-        What stands in for the text decoder: `DecoderPaddedGenerator`, or one of those from notebook 05.
-    """
+    `graphs` has by the names of `parts_to_trace` what was traced, or the modules that are traced (which keep no
+    state: a cached decoder has to be traced); `decoder` is what stands in for the text decoder,
+    `DecoderPaddedGenerator` or one of those from notebook 05, and `generation_config` that of the text decoder."""
 
     def __init__(self, config, graphs, shapes, generation_config, decoder=DecoderPaddedGenerator):
         # Past BlipForQuestionAnswering's own __init__, which would draw a second full set of random weights.
@@ -364,17 +298,12 @@ class NeuronBlipForQuestionAnswering(ChecksRequests, BlipForQuestionAnswering):
         self.decoder_start_token_id = config.text_config.bos_token_id
         self.shapes = shapes
         self.vision_model = VisionModelWrapper(graphs["vision_model"])
-        questions = {name: graphs[name] for name in _question_graphs(shapes)}
+        questions = {name: graphs[name] for name in question_graphs(shapes)}
         self.text_encoder = TextEncoderWrapper(
             ShortestQuestionGraph(questions, shapes) if len(questions) > 1 else questions["text_encoder"], shapes
         )
         self.text_decoder = decoder(config.text_config, graphs["text_decoder"], shapes, generation_config)
         self.eval()
-
-    @property
-    def device(self):
-        """Inputs come from and outputs go to the CPU, wherever the graphs run."""
-        return torch.device("cpu")
 
     @classmethod
     def from_pretrained(cls, directory, *, core=0):
@@ -392,12 +321,8 @@ class NeuronBlipForQuestionAnswering(ChecksRequests, BlipForQuestionAnswering):
             graphs,
             BlipShapes(**manifest["shapes"]),
             GenerationConfig.from_dict(manifest["generation_config"]),
-            _decoders()[manifest["decoder"]][1],
+            DECODERS[manifest["decoder"]][-1],
         )
-
-    def forward(self, *args, **kwargs):
-        """Not compiled: what ``forward`` of the original computes is a loss, for training."""
-        raise NotImplementedError("a compiled model answers with generate(); train the original")
 
     @torch.no_grad()
     def encode_image(self, pixel_values):
@@ -422,27 +347,11 @@ class NeuronBlipForQuestionAnswering(ChecksRequests, BlipForQuestionAnswering):
     ):
         """Answer questions; as Hugging Face's method, with a question mask that acts.
 
-        Parameters
-        ----------
-        input_ids : int64 [questions, q], q <= Q
-        pixel_values : fp32 [images, 3, height, width]
-            An image a question, or one for all. An image that comes several times is encoded once.
-        attention_mask : int64 [questions, q], optional
-            0 where a question is padded.
-        image : what `encode_image` returned, instead of ``pixel_values``
-        **generate_kwargs
-            Those of ``GenerationMixin.generate``. Without a limit there are at most A - 1 new tokens.
-
-        Returns
-        -------
-        int64 [rows, tokens], or what ``return_dict_in_generate`` asks for
-
-        Raises
-        ------
-        ValueError
-            If a question, the batch or the limit is larger than what was traced, a token is not in the vocabulary, or
-            an argument is nothing that a compiled model can do.
-        """
+        input_ids, attention_mask int64 [questions, q], q <= Q, 0 where a question is padded; pixel_values fp32
+        [images, 3, height, width], or ``image``, what `encode_image` returned: one a question, or one for all; one
+        that comes several times is encoded once. Without a limit there are at most A - 1 new tokens. -> int64 [rows,
+        tokens], or what ``return_dict_in_generate`` asks for. A `ValueError` says what was not traced, or what no
+        compiled model can do."""
         self.check_arguments(generate_kwargs)
         generate_kwargs = self.with_limit(generate_kwargs)
         images = self.check_images(pixel_values, image, interpolate_pos_encoding)
@@ -462,38 +371,12 @@ class NeuronBlipForQuestionAnswering(ChecksRequests, BlipForQuestionAnswering):
         length, pad_token_id = self.shapes.longest_question, self.config.text_config.pad_token_id
         input_ids, attention_mask = pad_question(input_ids, attention_mask, length, pad_token_id)
         features = [None] * len(input_ids)
-        for image, rows in _rows_by_image(images, len(input_ids)):
+        for image, rows in rows_by_image(images, len(input_ids)):
             image_embeds = image if encoded else self.vision_model(image)[0]
             of_image = self.text_encoder(input_ids[rows], attention_mask[rows], image_embeds)[0]
             for row, feature in zip(rows, of_image, strict=True):
                 features[row] = feature
         return torch.stack(features), attention_mask
-
-
-def _rows_by_image(images, questions):
-    """Each different image, [1, ...] as `images` has them, with the rows of its questions."""
-    if len(images) == 1:
-        return [(images, list(range(questions)))]
-    rows = {}
-    for row, image in enumerate(images):
-        rows.setdefault(image.numpy().tobytes(), []).append(row)
-    return [(images[of_image[:1]], of_image) for of_image in rows.values()]
-
-
-def _question_graphs(shapes):
-    """The names of the question graphs, with the length of each."""
-    if len(shapes.question_lengths) == 1:
-        return {"text_encoder": shapes.longest_question}
-    return {f"text_encoder_{length}": length for length in shapes.question_lengths}
-
-
-def _decoders():
-    """For each kind of decoder the module that is traced, and what stands in for ``model.text_decoder`` around it."""
-    return {
-        "padded": (PaddedDecoder, DecoderPaddedGenerator),
-        "cached": (CachedDecoder, DecoderCachedGenerator),
-        "greedy": (GreedyDecoder, DecoderGreedyGenerator),
-    }
 
 
 def parts_to_trace(model, shapes, decoder="cached"):
@@ -502,65 +385,57 @@ def parts_to_trace(model, shapes, decoder="cached"):
     The example masks are ragged: no value of theirs may end up in a graph, and a mask of ones is the likeliest to.
     `decoder` is ``"padded"``, ``"cached"`` or ``"greedy"``, a cached one that chooses the token itself.
     """
-    if decoder not in _decoders():
-        raise ValueError(f"decoder is {decoder!r}; there are {', '.join(_decoders())}")
-    text, vision = model.config.text_config, model.config.vision_config
-    longest = text.max_position_embeddings
-    if max(shapes.longest_question, shapes.answer_length) > longest:
-        raise ValueError(f"{shapes} is longer than the {longest} positions that this checkpoint has: shorten it")
-    pixel_values = torch.zeros(1, 3, vision.image_size, vision.image_size)
-    parts = {"vision_model": (NeuronVisionModel(model.vision_model), (pixel_values,))}
-    image_embeds = torch.zeros(1, model.vision_model.embeddings.num_positions, vision.hidden_size)
-    for name, length in _question_graphs(shapes).items():
-        question = torch.full((shapes.batch_size, length), text.pad_token_id)
-        question_mask = (torch.arange(length) < 1).long().expand(shapes.batch_size, -1)
-        padded = decoder == "padded"
-        encoder = NeuronTextEncoder(model.text_encoder) if padded else CachedTextEncoder(model)
-        parts[name] = (encoder, (question, question_mask, image_embeds))
-    if decoder == "padded":
-        answer = (
-            torch.full((shapes.rows, shapes.answer_length), text.pad_token_id),
-            torch.zeros(shapes.rows, shapes.longest_question, text.hidden_size),
-            (torch.arange(shapes.longest_question) < 1).long().expand(shapes.rows, -1),
-            (torch.arange(shapes.answer_length) < 2).long().expand(shapes.rows, -1),
-            torch.tensor([1]),
-        )
-        return parts | {"text_decoder": (PaddedDecoder(model.text_decoder), answer)}
-    step = (torch.full((shapes.rows, 1), text.pad_token_id), torch.tensor([1]), torch.arange(shapes.rows))
-    return parts | {"text_decoder": (_decoders()[decoder][0](model.text_decoder, shapes), step)}
+    if decoder not in DECODERS:
+        raise ValueError(f"decoder is {decoder!r}; there are {', '.join(DECODERS)}")
+    examples = example_inputs(model, shapes)
+    make_encoder, make_decoder, example, _ = DECODERS[decoder]
+    parts = {"vision_model": (NeuronVisionModel(model.vision_model), examples["image"])}
+    for name, length in question_graphs(shapes).items():
+        parts[name] = make_encoder(model), examples[f"question of {length}"]
+    return parts | {"text_decoder": (make_decoder(model.text_decoder, shapes), examples[example])}
 
 
-def trace(
-    model,
-    directory,
-    shapes=None,
-    *,
-    decoder="cached",
-    greedy=False,
-    dtype=torch.float32,
-    **compiling,
-):
+def parts_of_every_decoder(model, shapes, decoders=("padded", "cached", "greedy")):
+    """As `parts_to_trace`, of several decoders: each graph once, under its name behind that of the decoder."""
+    parts, kinds = {}, set()
+    for decoder in decoders:
+        for name, (module, inputs) in parts_to_trace(model, shapes, decoder).items():
+            if (name, type(module)) not in kinds:
+                parts[name if name == "vision_model" else f"{decoder} {name}"] = module, inputs
+            kinds.add((name, type(module)))
+    return parts
+
+
+def _artifact(model, shapes, decoder, greedy):
+    """The parts of a BLIP with their aliases, and what the manifest says of them."""
+    shapes = BlipShapes() if shapes is None else shapes
+    check_model(model, shapes, decoder, greedy)
+    parts = parts_to_trace(model, shapes, "greedy" if greedy else decoder)
+    description = {
+        "shapes": asdict(shapes),
+        "decoder": "greedy" if greedy else decoder,
+        "config": model.config.to_dict(),
+        "generation_config": model.text_decoder.generation_config.to_dict(),
+    }
+    return {name: (module, inputs, state_aliases(module)) for name, (module, inputs) in parts.items()}, description
+
+
+def trace(model, directory, shapes=None, *, decoder="cached", greedy=False, dtype=torch.float32, **compiling):
     """Trace the parts of `model` into `directory` and load them as one model.
 
-    What is there already and still valid is kept; the rest is traced, with the reason printed. Each part is complete on
-    disk before the manifest names it: after an interruption the next call goes on from there.
+    What is there already and still valid is kept; the rest is traced, with the reason printed.
 
     Parameters
     ----------
-    model : BlipForQuestionAnswering
-        In eval mode, fp32, on the CPU.
+    model : BlipForQuestionAnswering, in eval mode, fp32, on the CPU
     directory : str or Path
-        Made if missing. Holds ``manifest.json`` and a ``.pt`` file a part.
     shapes : BlipShapes, optional
-        By default ``BlipShapes()``.
     decoder : {"cached", "padded"}
         One that keeps keys and values (notebook 05), or one that computes the whole answer anew (notebook 03).
     greedy : bool
         Of a cached decoder: choose the token inside the graph, which returns ids and no logits.
-    dtype : {torch.float32, torch.bfloat16}
-        What matrices are multiplied in; see `round_matrices`. On Neuron the compiler's flags say it.
-    **compiling : backend, compiler_args
-        As in `trace_module`.
+    dtype, **compiling
+        As in `trace_parts`: dtype, backend, compiler_args.
 
     Returns
     -------
@@ -569,8 +444,7 @@ def trace(
     Raises
     ------
     ValueError
-        If an argument is not of the kind described here.
-    """
+        If an argument is not of the kind described here."""
     parts, description = _artifact(model, shapes, decoder, greedy)
     trace_parts(parts, directory, description, dtype=dtype, **compiling)
     return NeuronBlipForQuestionAnswering.from_pretrained(directory)
@@ -582,94 +456,37 @@ def compile_for_inf2(
     """As `trace`, on a machine with AWS's packages but without a Neuron device: compile, and load nothing.
 
     Copy `directory` to an Inf2 instance with the same versions of torch, transformers, torch-neuronx and neuronx-cc,
-    and load it there with ``NeuronBlipForQuestionAnswering.from_pretrained``; `trace` keeps it as well.
-    ``torch_neuronx.trace(cpu_backend=True)`` does it, with ``--target inf2``, and with
-    ``NEURON_PLATFORM_TARGET_OVERRIDE`` in the environment before the package is imported.
-
-    Raises
-    ------
-    ValueError
-        As `trace`; also where torch_neuronx is not installed.
-    """
+    and load it there with ``NeuronBlipForQuestionAnswering.from_pretrained``; `trace` keeps it as well. See
+    `trace_module`."""
     parts, description = _artifact(model, shapes, decoder, greedy)
     how = {"dtype": dtype, "backend": "neuron", "compiler_args": compiler_args, "cpu_backend": True}
     trace_parts(parts, directory, description, **how)
 
 
-def _artifact(model, shapes, decoder, greedy):
-    """The parts of a BLIP with their aliases, and what the manifest says of them."""
-    shapes = BlipShapes() if shapes is None else shapes
-    check_model(model, decoder, greedy)
-    if not isinstance(shapes, BlipShapes):
-        raise ValueError(f"shapes is a {type(shapes).__name__}: pass BlipShapes(...)")
-    parts = parts_to_trace(model, shapes, "greedy" if greedy else decoder)
-    description = {
-        "shapes": asdict(shapes),
-        "decoder": "greedy" if greedy else decoder,
-        "config": model.config.to_dict(),
-        "generation_config": model.text_decoder.generation_config.to_dict(),
-    }
-    return {name: (module, inputs, state_aliases(module)) for name, (module, inputs) in parts.items()}, description
+def load_replicas(directory, n):
+    """Load what `trace` left in `directory` n times, each copy with a state of its own; on Neuron one a NeuronCore."""
+    whole_number("n", n)
+    return [NeuronBlipForQuestionAnswering.from_pretrained(directory, core=core) for core in range(n)]
 
 
 def infer(model, processor, text, image, **generate_kwargs):
-    """Ask questions about pictures.
+    """Ask questions about pictures: a str for a str, a list of str for a list.
 
-    Parameters
-    ----------
-    model : BlipForQuestionAnswering or NeuronBlipForQuestionAnswering
-        The former answers one unpadded question at a time, the latter as many as fit at once.
-    processor : BlipProcessor
-    text : str or list of str
-    image : a picture as `processor` takes it (PIL image, array or tensor), or a list with one a question
-        Or what ``encode_image`` of the compiled model returned.
-    **generate_kwargs
-        For ``generate()``.
-
-    Returns
-    -------
-    str, or list of str where `text` is a list
-
-    Raises
-    ------
-    ValueError
-        If a question is empty or longer than what was traced, an image is none, or the arguments do not fit.
-    """
+    `model` is an original, which answers one unpadded question at a time, or a compiled one, which takes as many as
+    fit; `image` a picture as `processor` takes it, or a list with one a question, or what ``encode_image`` of the
+    compiled model returned. A `ValueError` says which question is empty or too long, or which image is none."""
     answers = []
     for inputs in requests(model, processor, text, image, generate_kwargs):
         answers += processor.batch_decode(model.generate(**inputs, **generate_kwargs), skip_special_tokens=True)
     return answers[0] if isinstance(text, str) else answers
 
 
-@dataclass(frozen=True)
-class Verified:
-    """One question, answered by a model and by what was compiled from it."""
-
-    example: object
-    expected: list
-    actual: list
-    difference: float
-
-
 def verify(compiled, model, processor, examples, **generate_kwargs):
     """Compare `compiled` with `model`, eager, one unpadded question at a time, with the same limit of new tokens.
 
-    The compiled model takes as many questions at once as fit, of different lengths.
-
-    Parameters
-    ----------
-    compiled : NeuronBlipForQuestionAnswering
-    model : BlipForQuestionAnswering
-    processor : BlipProcessor
-    examples : iterable with ``question`` and ``image``
-    **generate_kwargs
-        For both ``generate()`` calls.
-
-    Yields
-    ------
-    Verified
-        Token ids, and the largest difference of the logits over the steps up to the first different token.
-    """
+    `examples` have a ``question`` and an ``image``; the compiled model takes as many at once as fit, of different
+    lengths. Yields for each a `Verified`: token ids, and the largest difference of the logits over the steps up to the
+    first different token."""
     examples = list(examples)
     each = rows_per_question(generate_kwargs, compiled.text_decoder.generation_config)
     at_once = max(1, compiled.shapes.rows // each)
@@ -684,35 +501,24 @@ def verify(compiled, model, processor, examples, **generate_kwargs):
             expected = model.generate(**alone, **generate_kwargs)
             theirs, ours = expected.sequences[0], actual.sequences[row * len(actual.sequences) // len(batch)]
             rows = slice(row * each, (row + 1) * each)
-            difference = _worst_difference(expected.logits, [step[rows] for step in actual.logits], theirs, ours)
+            difference = worst_difference(expected.logits, [step[rows] for step in actual.logits], theirs, ours)
             sep_token_id = compiled.config.text_config.sep_token_id
             yield Verified(example, trim(theirs, sep_token_id), trim(ours, sep_token_id), difference)
 
 
-def _worst_difference(expected, actual, theirs, ours):
-    """Of logits, a tensor [rows, V] a step, up to the first token that differs."""
-    worst = 0.0
-    # A beam search may go on for steps that the sequence it returns does not have.
-    for step in range(min(len(theirs), len(ours)) - 1):
-        difference = (actual[step] - expected[step]).abs().max().item()
-        worst = worst if difference <= worst else difference  # a NaN stays one
-        if ours[step + 1] != theirs[step + 1]:
-            break
-    return worst
+# 05  Cache the decoder ------------------------------------------------------------
 
 
-def trim(token_ids, sep_token_id):
-    """int64 [tokens] -> list of int, up to the first [SEP]: without what fills a row up in a batch of longer ones.
-
-    That is padding, but [SEP] again after a beam search of transformers 5 where the id of [PAD] is 0.
-    """
-    token_ids = token_ids.tolist()
-    return token_ids[: token_ids.index(sep_token_id) + 1] if sep_token_id in token_ids else token_ids
+def split_heads(hidden, heads):
+    """[rows, length, D] -> [rows, H, length, D / H]"""
+    return hidden.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 05  Cache the decoder
-# ---------------------------------------------------------------------------------------------------------------------
+def attend(attention, hidden, keys, values, mask):
+    """One query a row against kept keys and values: [R, 1, D] -> [R, 1, D]"""
+    query = split_heads(attention.query(hidden), keys.shape[1])
+    scores = query @ keys.transpose(-1, -2) / attention.attention_head_size**0.5 + mask
+    return (scores.softmax(dim=-1) @ values).transpose(1, 2).flatten(2)
 
 
 class CachedTextEncoder(nn.Module):
@@ -761,6 +567,14 @@ class DecoderState(NamedTuple):
         )
 
 
+def update(kept, projected, here, earlier, beam_rows):
+    """Keys or values [R, H, A, D / H] with those of this token, [R, 1, D], in their slot and nothing behind it.
+
+    What lies beyond is replaced, not multiplied by 0: a NaN of an earlier call would survive that."""
+    kept = torch.where(earlier, kept.index_select(0, beam_rows), 0.0)
+    return torch.where(here, split_heads(projected, kept.shape[1]), kept)
+
+
 class CachedDecoder(nn.Module):
     """The answer graph with a memory: the last token of each row in, the logits of the next one out.
 
@@ -807,14 +621,6 @@ class CachedDecoder(nn.Module):
         return self.decoder.cls(hidden), *state._replace(answer=answer).tensors()
 
 
-def update(kept, projected, here, earlier, beam_rows):
-    """Keys or values [R, H, A, D / H] with those of this token, [R, 1, D], in their slot and nothing behind it.
-
-    What lies beyond is replaced, not multiplied by 0: a NaN of an earlier call would survive that."""
-    kept = torch.where(earlier, kept.index_select(0, beam_rows), 0.0)
-    return torch.where(here, split_heads(projected, kept.shape[1]), kept)
-
-
 class GreedyDecoder(CachedDecoder):
     """A `CachedDecoder` that chooses the token itself: ids instead of V logits a row leave the device."""
 
@@ -822,18 +628,6 @@ class GreedyDecoder(CachedDecoder):
         """As `CachedDecoder`, but -> the most likely token int64 [R, 1], and the state"""
         logits, *state = super().forward(input_ids, position, beam_rows)
         return logits.argmax(dim=-1), *state
-
-
-def split_heads(hidden, heads):
-    """[rows, length, D] -> [rows, H, length, D / H]"""
-    return hidden.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def attend(attention, hidden, keys, values, mask):
-    """One query a row against kept keys and values: [R, 1, D] -> [R, 1, D]"""
-    query = split_heads(attention.query(hidden), keys.shape[1])
-    scores = query @ keys.transpose(-1, -2) / attention.attention_head_size**0.5 + mask
-    return (scores.softmax(dim=-1) @ values).transpose(1, 2).flatten(2)
 
 
 class BeamRows(Cache):
@@ -847,46 +641,18 @@ class BeamRows(Cache):
         self.rows = beam_idx
 
 
-class DecoderCachedGenerator(DecoderPaddedGenerator):
+class DecoderCachedGenerator(TakesTurns, DecoderPaddedGenerator):
     """Stands in for ``model.text_decoder`` as `DecoderPaddedGenerator` does, around a graph that keeps state.
 
     There is one state: calls from several threads take turns, and a call made while this one waits for it never ends.
     A copy for each is what `load_replicas` makes. `decoder` is a traced `CachedDecoder`.
     """
 
-    def __init__(self, config, decoder, shapes, generation_config):
-        super().__init__(config, decoder, shapes, generation_config)
-        self._turn, self._answering = threading.RLock(), False
-
-    @torch.no_grad()
-    def generate(self, input_ids, **kwargs):
+    def generate_in_turn(self, input_ids, **kwargs):
         """As ``GenerationMixin.generate`` from a start token, int64 [rows, 1]; ``encoder_hidden_states`` is what
-        `CachedTextEncoder` returned.
-
-        Raises
-        ------
-        ValueError
-            If the answer is to begin with more than a start token.
-        RuntimeError
-            In a call from inside a call.
-        """
-        if input_ids.shape[1] != 1:
-            raise ValueError(
-                f"input_ids has {input_ids.shape[1]} tokens; a cached decoder begins with one, the start token: trace "
-                "the model with decoder='padded' to go on from more"
-            )
-        with self._turn:
-            if self._answering:
-                raise RuntimeError(
-                    "generate() was called from inside generate(), whose state it would overwrite: load a model for "
-                    "each, with load_replicas()"
-                )
-            self._answering = True
-            try:
-                rows = len(input_ids) * rows_per_question(kwargs, self.generation_config)
-                return super().generate(input_ids=input_ids, cache=BeamRows(rows), **kwargs)
-            finally:
-                self._answering = False
+        `CachedTextEncoder` returned."""
+        rows = len(input_ids) * rows_per_question(kwargs, self.generation_config)
+        return GenerationMixin.generate(self, input_ids=input_ids, cache=BeamRows(rows), **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids, cache, **kwargs):
         """The last token of each row, int64 [rows, 1], and its position; what came before is in the graph."""
@@ -912,71 +678,23 @@ class DecoderCachedGenerator(DecoderPaddedGenerator):
 
 
 class DecoderGreedyGenerator(DecoderCachedGenerator):
-    """Around a `GreedyDecoder`: Hugging Face's ``generate()`` with the loop below in place of its own."""
+    """Around a `GreedyDecoder`: Hugging Face's ``generate()`` with the loop of `greedy_loop` in place of its own."""
 
-    def generate(self, input_ids, **kwargs):
-        """As `DecoderCachedGenerator.generate`; what needs logits is a `ValueError`."""
+    def generate_in_turn(self, input_ids, **kwargs):
+        """As a `DecoderCachedGenerator`; what needs logits is a `ValueError`."""
         # transformers hands no streamer to a custom_generate, but arguments of other names.
         streamer = kwargs.get("streamer")
-        return super().generate(input_ids, custom_generate=greedy_loop, chosen_to=streamer, **kwargs)
+        return super().generate_in_turn(input_ids, custom_generate=greedy_loop, chosen_to=streamer, **kwargs)
 
 
-def greedy_loop(model, input_ids, logits_processor, stopping_criteria, generation_config, chosen_to=None, **kwargs):
-    """A loop for ``custom_generate`` around a graph that has chosen the token already."""
-    needs = [type(processor).__name__ for processor in logits_processor]
-    if generation_config.get_generation_mode() != GenerationMode.GREEDY_SEARCH:
-        needs.append(str(generation_config.get_generation_mode().value))
-    needs += [name for name in ("output_scores", "output_logits") if getattr(generation_config, name)]
-    if needs:
-        raise ValueError(
-            f"{', '.join(needs)}: that takes logits, and this decoder returns the chosen token alone: trace the model "
-            "with greedy=False"
-        )
-    unfinished = torch.ones(len(input_ids), dtype=torch.bool)
-    while unfinished.any():
-        chosen = model(**model.prepare_inputs_for_generation(input_ids, **kwargs)).logits[:, -1]
-        chosen = chosen.where(unfinished, generation_config.pad_token_id)
-        if chosen_to is not None:
-            chosen_to.put(chosen)
-        input_ids = torch.cat([input_ids, chosen[:, None]], dim=1)
-        unfinished = unfinished & ~stopping_criteria(input_ids, None)
-    if chosen_to is not None:
-        chosen_to.end()
-    if generation_config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(sequences=input_ids)
-    return input_ids
-
-
-class ShortestQuestionGraph(nn.Module):
-    """Several question graphs as one of the longest's shapes: each call takes the shortest graph that fits."""
-
-    def __init__(self, graphs, shapes):
-        super().__init__()
-        self.graphs = nn.ModuleList(graphs.values())
-        self.lengths = shapes.question_lengths
-
-    def forward(self, input_ids, attention_mask, encoder_hidden_states):
-        """As `NeuronTextEncoder` or `CachedTextEncoder`; what is missing to the length Q is filled with zeros."""
-        tokens = attention_mask.sum(dim=1).max()
-        which = next(i for i, length in enumerate(self.lengths) if tokens <= length)
-        length = self.lengths[which]
-        inputs = input_ids[:, :length].contiguous(), attention_mask[:, :length].contiguous()
-        features = self.graphs[which](*inputs, encoder_hidden_states)
-        return F.pad(features, (0, 0, 0, self.lengths[-1] - length))
-
-
-def load_replicas(directory, n):
-    """Load what `trace` left in `directory` n times, each copy with a state of its own; on Neuron one a NeuronCore."""
-    whole_number("n", n)
-    return [NeuronBlipForQuestionAnswering.from_pretrained(directory, core=core) for core in range(n)]
-
-
-def parts_of_every_decoder(model, shapes, decoders=("padded", "cached", "greedy")):
-    """As `parts_to_trace`, of several decoders: each graph once, under its name behind that of the decoder."""
-    parts, kinds = {}, set()
-    for decoder in decoders:
-        for name, (module, example_inputs) in parts_to_trace(model, shapes, decoder).items():
-            if (name, type(module)) not in kinds:
-                parts[name if name == "vision_model" else f"{decoder} {name}"] = module, example_inputs
-            kinds.add((name, type(module)))
-    return parts
+# Of each kind: what makes the modules that are traced, the name of the decoder's example inputs, what stands around it.
+DECODERS = {
+    "padded": (
+        lambda model: NeuronTextEncoder(model.text_encoder),
+        lambda decoder, shapes: PaddedDecoder(decoder),
+        "whole answer",
+        DecoderPaddedGenerator,
+    ),
+    "cached": (CachedTextEncoder, CachedDecoder, "last token", DecoderCachedGenerator),
+    "greedy": (CachedTextEncoder, GreedyDecoder, "last token", DecoderGreedyGenerator),
+}

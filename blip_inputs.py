@@ -1,15 +1,75 @@
-"""What a compiled BLIP may be given: the arguments of a call, and the example inputs that a check runs on."""
+"""What a compiled BLIP may be asked: the sizes it is traced for, and the arguments of a call."""
+
+from dataclasses import dataclass, fields
 
 import torch
-from inf2 import check_module, describe, describe_inputs, state_aliases, state_of
+from inf2 import describe
 from transformers import BlipForQuestionAnswering
 from transformers.image_utils import is_valid_image
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from blip_decoding import OnTheHost
 
-class ChecksRequests:
+
+@dataclass(frozen=True)
+class BlipShapes:
+    """The sizes that a trace fixes; those of the picture come from the model.
+
+    Parameters
+    ----------
+    batch_size : int
+        B, questions a call of the question graph.
+    num_beams : int
+        The decoder's R rows are ``batch_size * num_beams``: a call of ``generate()`` fits when its questions times its
+        beams (or returned sequences) are no more.
+    question_length : int, or tuple of int
+        Q, tokens of a question with its ``[CLS]`` and ``[SEP]``. Several lengths make a question graph each, of which
+        a call takes the smallest that fits; Q is the longest then.
+    answer_length : int
+        A, tokens of an answer with its start token: at most A - 1 new ones.
+    """
+
+    batch_size: int = 1
+    num_beams: int = 1
+    question_length: int | tuple[int, ...] = 16
+    answer_length: int = 24
+
+    def __post_init__(self):
+        for field in fields(self):
+            least = 2 if field.name == "answer_length" else 1
+            given = getattr(self, field.name)
+            several = field.name == "question_length" and isinstance(given, tuple | list)
+            for value in given if several and given else [given]:
+                if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                    raise ValueError(f"{field.name} is {given!r}: give a whole number of at least {least}")
+        object.__setattr__(self, "question_length", self.question_lengths)
+        if len(self.question_lengths) == 1:
+            object.__setattr__(self, "question_length", self.longest_question)
+
+    @property
+    def rows(self):
+        """R, rows of the decoder."""
+        return self.batch_size * self.num_beams
+
+    @property
+    def question_lengths(self):
+        """The lengths that there is a question graph for, the shortest first."""
+        several = isinstance(self.question_length, tuple | list)
+        return tuple(sorted(set(self.question_length))) if several else (self.question_length,)
+
+    @property
+    def longest_question(self):
+        """Q: what questions are padded to, and what the decoder was traced for."""
+        return self.question_lengths[-1]
+
+
+class ChecksRequests(OnTheHost):
     """The part of a compiled model that refuses what it was not traced for; of `self` it reads ``shapes``, ``config``
     and the text decoder's generation settings."""
+
+    def forward(self, *args, **kwargs):
+        """Not compiled: what ``forward`` of the original computes is a loss, for training."""
+        raise NotImplementedError("a compiled model answers with generate(); train the original")
 
     def with_limit(self, generate_kwargs):
         """The same arguments with an explicit limit of new tokens, which is no more than A - 1."""
@@ -77,6 +137,16 @@ class ChecksRequests:
 def check_dimensions(name, tensor, dims):
     if not isinstance(tensor, torch.Tensor) or tensor.dim() != dims or not len(tensor):
         raise ValueError(f"{name} is {describe(tensor)}: pass a tensor of {dims} dimensions, as the processor")
+
+
+def check_tokens(input_ids, attention_mask):
+    """Raise a `ValueError` unless both are tensors [questions, tokens]."""
+    tensors = isinstance(input_ids, torch.Tensor) and isinstance(attention_mask, torch.Tensor)
+    if not tensors or input_ids.dim() != 2 or attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"input_ids is {describe(input_ids)} and attention_mask {describe(attention_mask)}: both have to be "
+            "[questions, tokens]"
+        )
 
 
 def setting_of(name, generate_kwargs, of_the_model):
@@ -168,7 +238,7 @@ def how_many_together(model, questions, generate_kwargs):
     return together
 
 
-def check_model(model, decoder, greedy):
+def check_model(model, shapes, decoder, greedy):
     """Raise a `ValueError` unless it is a model, and a kind of decoder, that can be traced."""
     if decoder not in ("cached", "padded"):
         raise ValueError(f"decoder is {decoder!r}; there are 'cached' and 'padded'")
@@ -181,11 +251,23 @@ def check_model(model, decoder, greedy):
             f"decoder_start_token_id is {model.decoder_start_token_id}, bos_token_id of the text_config "
             f"{model.config.text_config.bos_token_id}: a compiled model starts with the latter, set both"
         )
+    if not isinstance(shapes, BlipShapes):
+        raise ValueError(f"shapes is a {type(shapes).__name__}: pass BlipShapes(...)")
     if any(module.training for module in model.modules()):
         raise ValueError("the model is in training mode, a trace would keep its dropout: call model.eval() first")
     others = {describe(p).split()[0] for p in model.parameters()} - {"float32"}
     if others:
         raise ValueError(f"the model has weights in {', '.join(others)}; float32 is what is traced: call model.float()")
+
+
+def rows_by_image(images, questions):
+    """Each different image, [1, ...] as `images` has them, with the rows of its questions."""
+    if len(images) == 1:
+        return [(images, list(range(questions)))]
+    rows = {}
+    for row, image in enumerate(images):
+        rows.setdefault(image.numpy().tobytes(), []).append(row)
+    return [(images[of_image[:1]], of_image) for of_image in rows.values()]
 
 
 def question_tokens(processor, question):
@@ -207,41 +289,3 @@ def pixel_values_of(processor, image):
     if len(pixel_values) != 1:
         raise ValueError(f"image holds {len(pixel_values)} pictures: pass a list with one a question")
     return pixel_values
-
-
-def check_parts(parts, vocab_size):
-    """Check each of `parts` (see `parts_to_trace`) on examples in which every value differs: yields name, `Checked`.
-
-    Masks are full, of one token, and ragged; positions are the first two and the last; state is overwritten with random
-    numbers.
-    """
-    generator = torch.Generator().manual_seed(0)
-    for name, (module, example_inputs) in parts.items():
-        state = state_of(module)
-        for parameter in state:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-            if parameter.dim() == 2:  # the question's mask
-                parameter.copy_(parameter > 0)
-        names = describe_inputs(module, example_inputs)
-        longest = state[-1].shape[2] if state else example_inputs[0].shape[-1]  # A, where there is a position
-        others = [
-            tuple(varied(n, t, at, longest, vocab_size, generator) for n, t in zip(names, example_inputs, strict=True))
-            for at in (0, 1, longest - 1)
-        ]
-        yield name, check_module(module, [example_inputs, *others], input_output_aliases=state_aliases(module))
-
-
-def varied(name, example, position, longest, vocab_size, generator):
-    """Another value for an example input: the position, a mask of its tokens, rows, tokens or numbers."""
-    if example.is_floating_point():
-        return torch.randn(example.shape, generator=generator)
-    if name == "position":
-        return torch.full_like(example, position)
-    if name.endswith("attention_mask"):  # all ones at the last position; else so many, one less in the other rows
-        full = position == longest - 1
-        ones = torch.full((len(example), 1), example.shape[-1] if full else position + 1)
-        ones[1:] -= int(position == 1)
-        return (torch.arange(example.shape[-1]) < ones).to(example.dtype)
-    if name == "beam_rows":
-        return example.flip(0) if position else torch.zeros_like(example)
-    return torch.randint(vocab_size, example.shape, generator=generator)

@@ -12,7 +12,7 @@ from inf2.files import hash_weights
 from inf2.hlo import HloValue
 from inf2.lowering import Lowered, XlaGraph, lower_module
 from inf2.notebook import check_close, check_equal, progress, refused, show_source, what_runs_here
-from inf2.rounding import ImitatedAutoCast, round_matrices
+from inf2.rounding import ImitatedAutoCast, Rounded, with_rounding
 from inf2.rules import REFUSED_OPERATORS, REFUSED_TYPES, REPORTED_OPERATORS
 from inf2.table import print_checks
 from inf2.tensors import StaticGraph, check_inputs, describe, describe_inputs, state_aliases, state_of
@@ -30,6 +30,7 @@ __all__ = [
     "HloValue",
     "ImitatedAutoCast",
     "Lowered",
+    "Rounded",
     "StaticGraph",
     "XlaGraph",
     "check_close",
@@ -49,7 +50,6 @@ __all__ = [
     "progress",
     "read_manifest",
     "refused",
-    "round_matrices",
     "save_traced",
     "show_source",
     "state_aliases",
@@ -57,4 +57,5 @@ __all__ = [
     "trace_module",
     "trace_parts",
     "what_runs_here",
+    "with_rounding",
 ]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from inf2.files import hash_weights, sha256, whole_file
-from inf2.rounding import round_matrices, split_flags
+from inf2.rounding import split_flags
 from inf2.tensors import StaticGraph, describe, describe_inputs
 from inf2.tracing import (
     known_backend,
@@ -36,7 +36,7 @@ def trace_parts(
     description : dict
         What JSON can write, for whoever loads the parts: it stands in the manifest.
     dtype : {torch.float32, torch.bfloat16}
-        What matrices are multiplied in: on Neuron the compiler's flags say it, elsewhere see `round_matrices`.
+        What matrices are multiplied in: the compiler's flags say it, and the stand-in imitates them.
     backend, compiler_args, cpu_backend
         As in `trace_module`.
 
@@ -53,8 +53,7 @@ def trace_parts(
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file: pass a directory")
     if compiler_args is None:
-        cast = "none" if dtype == torch.float32 else "matmult"
-        compiler_args = neuron_compiler_args(cast, "bf16") if backend == "neuron" else []
+        compiler_args = neuron_compiler_args("none" if dtype == torch.float32 else "matmult", "bf16")
     made_with = {
         "dtype": str(dtype).removeprefix("torch."),
         "backend": backend,
@@ -70,10 +69,6 @@ def trace_parts(
     for name, (module, example_inputs, aliases) in parts.items():
         print(f"{name:<{width}}  {'traced: ' + reasons[name] if reasons[name] else 'kept'}", flush=True)
         if reasons[name]:
-            if dtype != torch.float32 and backend == "cpu":
-                rounded = round_matrices(module, dtype)
-                own = dict(zip(module.parameters(), rounded.parameters(), strict=True))
-                module, aliases = rounded, {own[parameter]: index for parameter, index in aliases.items()}
             how = {"backend": backend, "compiler_args": compiler_args, "cpu_backend": cpu_backend}
             traced = trace_module(module, example_inputs, input_output_aliases=aliases, **how)
             save_traced(traced, directory / f"{name}.pt")

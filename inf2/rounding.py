@@ -1,11 +1,11 @@
 """What neuronx-cc's ``--auto-cast`` does to numbers, imitated on a CPU."""
 
-import copy
 import itertools
 import shlex
 
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -90,17 +90,28 @@ class ImitatedAutoCast(TorchDispatchMode):
         return result.copy_(self._round(result)) if in_place else self._round(result)
 
 
-def round_matrices(module, dtype=torch.bfloat16):
-    """A copy of `module` that multiplies with its weights in `dtype`: the stand-in for ``--auto-cast matmult``.
+class Rounded(nn.Module):
+    """A module that is called under `cast`, an `ImitatedAutoCast`."""
 
-    Linear and convolution layers have weights, inputs and outputs in `dtype`. Everything else stays fp32: embeddings,
-    norms, attention scores and softmax, sums of layers, and the vocabulary head with its logits. neuronx-cc casts more:
-    the products inside attention and that of the head are matrix products too.
+    def __init__(self, module, cast):
+        super().__init__()
+        self.module = module
+        self.cast = cast
+
+    def forward(self, *inputs):
+        with self.cast:
+            return self.module(*inputs)
+
+
+def with_rounding(module, example_inputs, cast):
+    """A module that computes what `module` computes under `cast`, each rounding an operator of its own.
+
+    It is made for the shapes of `example_inputs`, and holds the same Parameters in the same order, state first where it
+    was: a trace of it has them as state.
     """
-    module = copy.deepcopy(module)
-    for name, layer in module.named_modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d) and not name.endswith("predictions.decoder"):
-            layer.to(dtype)
-            layer.register_forward_pre_hook(lambda layer, inputs: tuple(tensor.to(dtype) for tensor in inputs))
-            layer.register_forward_hook(lambda layer, inputs, output: output.float())
-    return module
+    if cast.cast == "none":
+        return module
+    rounded = make_fx(Rounded(module, cast))(*example_inputs)
+    order = {id(parameter): number for number, parameter in enumerate(module.parameters())}
+    rounded._parameters = dict(sorted(rounded._parameters.items(), key=lambda named: order[id(named[1])]))
+    return rounded

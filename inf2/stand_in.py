@@ -7,6 +7,7 @@ import logging
 import warnings
 
 import torch
+from inf2.rounding import ImitatedAutoCast, with_rounding
 from inf2.tensors import REFUSAL, as_tuple, describe, describe_inputs
 from torch import nn
 
@@ -39,14 +40,15 @@ class KeepState(nn.Module):
         return returned[0] if len(returned) == 1 else returned
 
 
-def trace_for_cpu(module, example_inputs, aliases):
-    """``torch.jit.trace`` behind checks that are part of the saved file.
+def trace_for_cpu(module, example_inputs, aliases, compiler_args=()):
+    """``torch.jit.trace`` behind checks that are part of the saved file, with the rounding of `compiler_args`.
 
     A trace accepts any shape and dtype: `checking_module` refuses
     what was not traced.
     """
     guarded = checking_module(describe_inputs(module, example_inputs), example_inputs)
     training = module.training
+    module = with_rounding(module, example_inputs, ImitatedAutoCast(compiler_args))
     if aliases:  # the graph gets a state of its own, outside inference mode and autograd
         index_of = {id(parameter): index for parameter, index in aliases.items()}
         own = copy.deepcopy(module)

@@ -102,7 +102,8 @@ def trace_module(
     backend : {"neuron", "cpu"}, optional
         By default `default_backend`.
     compiler_args : str or list of str, optional
-        For neuronx-cc; by default `neuron_compiler_args`. The stand-in does not compile and ignores them.
+        For neuronx-cc; by default `neuron_compiler_args`. Of these the stand-in imitates ``--auto-cast`` to bf16 and
+        fp16.
     cpu_backend : bool
         With AWS's packages but no Neuron device: compile for Inf2, to be copied there.
 
@@ -123,7 +124,7 @@ def trace_module(
         example_inputs = tuple(example.clone() for example in example_inputs)
         check_aliases(module, example_inputs, aliases)
         if backend == "cpu":
-            return trace_for_cpu(module, example_inputs, aliases)
+            return trace_for_cpu(module, example_inputs, aliases, compiler_args)
         return _trace_for_neuron(module, example_inputs, aliases, compiler_args, cpu_backend)
 
 

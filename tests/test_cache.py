@@ -23,16 +23,19 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from blip_helpers import (
     BlipShapes,
     CachedDecoder,
+    ImitatedAutoCast,
     NeuronBlipForQuestionAnswering,
     acting_question_mask,
     check_close,
     count_cost,
     infer,
     load_replicas,
+    neuron_compiler_args,
     parts_to_trace,
     read_manifest,
-    round_matrices,
+    state_aliases,
     trace,
+    trace_module,
 )
 from models.make_base import make_model
 
@@ -534,17 +537,19 @@ def test_bf16_is_near_fp32_and_smaller(tiny, tmp_path, kind):
     assert part["dtype"] == "bfloat16"
 
 
-def test_bf16_rounds_matrices_and_nothing_else(tiny):
-    for module, inputs in parts_to_trace(tiny, TINY_SHAPES).values():
-        rounded = round_matrices(module)
-        for name, parameter in rounded.named_parameters():
-            layer = rounded.get_submodule(name.rpartition(".")[0])
-            matrix = isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) and "predictions.decoder" not in name
-            if "predictions.bias" not in name and "word_embeddings" not in name:
-                assert parameter.dtype == (torch.bfloat16 if matrix else torch.float32), name
-        output = rounded(*inputs)
-        assert (output[0] if isinstance(output, tuple) else output).dtype == torch.float32
-        assert all(parameter.dtype == torch.float32 for parameter in module.parameters())
+def test_bf16_rounds_what_the_compilers_flags_say(tiny):
+    flags = neuron_compiler_args("matmult", "bf16")
+    for name, (module, inputs) in parts_to_trace(tiny, TINY_SHAPES).items():
+        graph = trace_module(
+            module, inputs, input_output_aliases=state_aliases(module), backend="cpu", compiler_args=flags
+        )
+        with ImitatedAutoCast(flags):
+            expected = module(*inputs)
+        actual, expected, plain = (
+            o[0] if isinstance(o, tuple) else o for o in (graph(*inputs), expected, module(*inputs))
+        )
+        assert actual.dtype == torch.float32 and torch.allclose(actual, expected, atol=1e-5), name
+        assert not torch.allclose(actual, plain, atol=1e-5), name
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     X,
+    Y,
     make_pixels,
     make_questions,
 )
@@ -68,3 +69,23 @@ def test_a_whole_blip_runs_with_imitated_rounding(tiny, flags):
 def test_what_is_not_imitated_is_refused(flags):
     with pytest.raises(ValueError, match="none, matmult and all to bf16 and fp16"):
         bh.ImitatedAutoCast(flags)
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_a_module_with_rounding_keeps_its_parameters_and_takes_other_inputs(flags):
+    layer, cast = nn.Linear(4, 3), bh.ImitatedAutoCast(flags)
+    rounded = bh.with_rounding(layer, (X,), cast)
+    assert list(map(id, rounded.parameters())) == list(map(id, layer.parameters()))
+    with cast:
+        expected = layer(Y)
+    assert torch.equal(rounded(Y), expected) and not torch.equal(expected, layer(Y))
+
+
+def test_the_stand_in_rounds_as_the_flags_say():
+    layer = nn.Linear(4, 3)
+    for flags in FLAGS:
+        with bh.ImitatedAutoCast(flags):
+            expected = layer(Y)
+        assert torch.equal(bh.trace_module(layer, X, backend="cpu", compiler_args=flags)(Y), expected)
+    with pytest.raises(ValueError, match="none, matmult and all to bf16 and fp16"):
+        bh.trace_module(layer, X, backend="cpu", compiler_args="--auto-cast all --auto-cast-type tf32")

@@ -1,0 +1,34 @@
+"""Two answers to one question, and how far they lie apart."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Verified:
+    """One question, answered by a model and by what was compiled from it."""
+
+    example: object
+    expected: list
+    actual: list
+    difference: float
+
+
+def worst_difference(expected, actual, theirs, ours):
+    """Of logits, a tensor [rows, V] a step, up to the first token that differs."""
+    worst = 0.0
+    # A beam search may go on for steps that the sequence it returns does not have.
+    for step in range(min(len(theirs), len(ours)) - 1):
+        difference = (actual[step] - expected[step]).abs().max().item()
+        worst = worst if difference <= worst else difference  # a NaN stays one
+        if ours[step + 1] != theirs[step + 1]:
+            break
+    return worst
+
+
+def trim(token_ids, sep_token_id):
+    """int64 [tokens] -> list of int, up to the first [SEP]: without what fills a row up in a batch of longer ones.
+
+    That is padding, but [SEP] again after a beam search of transformers 5 where the id of [PAD] is 0.
+    """
+    token_ids = token_ids.tolist()
+    return token_ids[: token_ids.index(sep_token_id) + 1] if sep_token_id in token_ids else token_ids
