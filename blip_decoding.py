@@ -3,6 +3,7 @@
 import threading
 
 import torch
+from inf2 import Owner
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 
@@ -18,11 +19,13 @@ class OnTheHost:
 class TakesTurns:
     """Of something that generates: calls from several threads take turns, each beginning with a start token.
 
-    A subclass has ``generate_in_turn``.
+    A subclass has ``generate_in_turn``. Other processes are refused: a fork would share the state but not the turns,
+    and wait for ever for one that a thread of its parent had.
     """
 
     def __init__(self, *args):
         super().__init__(*args)
+        self._owner = Owner()
         self._turn, self._answering = threading.RLock(), False
 
     @torch.no_grad()
@@ -34,8 +37,9 @@ class TakesTurns:
         ValueError
             If the answer is to begin with more than a start token.
         RuntimeError
-            In a call from inside a call.
+            In a call from inside a call, and in another process than the one that loaded the model.
         """
+        self._owner.check()
         if input_ids.shape[1] != 1:
             raise ValueError(
                 f"input_ids has {input_ids.shape[1]} tokens; a cached decoder begins with one, the start token: trace "

@@ -14,6 +14,9 @@ def example_inputs(model, shapes):
     if max(shapes.longest_question, shapes.answer_length) > longest:
         raise ValueError(f"{shapes} is longer than the {longest} positions that this checkpoint has: shorten it")
 
+    def zeros(*size):
+        return torch.zeros(size, dtype=torch.float32)
+
     def ragged(rows, length, tokens):
         return (torch.arange(length) < tokens).long().expand(rows, -1)
 
@@ -21,11 +24,11 @@ def example_inputs(model, shapes):
         return torch.full((rows, length), text.pad_token_id)
 
     rows, Q, A = shapes.rows, shapes.longest_question, shapes.answer_length
-    image_embeds = torch.zeros(1, model.vision_model.embeddings.num_positions, vision.hidden_size)
-    features = torch.zeros(rows, Q, text.hidden_size)
+    image_embeds = zeros(1, model.vision_model.embeddings.num_positions, vision.hidden_size)
+    features = zeros(rows, Q, text.hidden_size)
     position = torch.tensor([1])
     examples = {
-        "image": (torch.zeros(1, 3, vision.image_size, vision.image_size),),
+        "image": (zeros(1, 3, vision.image_size, vision.image_size),),
         "whole answer": (pads(rows, A), features, ragged(rows, Q, 1), ragged(rows, A, 2), position),
         "last token": (pads(rows, 1), position, torch.arange(rows)),
     }

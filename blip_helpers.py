@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from inf2 import *  # noqa: F403 (all of it, so that a notebook needs one import)
-from inf2 import load_parts, read_manifest, state_aliases, trace_parts
+from inf2 import clean_state, load_parts, read_manifest, trace_parts
 from torch import nn
 from transformers import BlipConfig, BlipForQuestionAnswering, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -34,6 +34,7 @@ from blip_inputs import (
     rows_per_question,
     whole_number,
 )
+from blip_probes import CANNOT, probed_parts
 
 # 01  Which model; trace a module ------------------------------------------------------------
 
@@ -407,23 +408,33 @@ def parts_of_every_decoder(model, shapes, decoders=("padded", "cached", "greedy"
 
 
 def _artifact(model, shapes, decoder, greedy):
-    """The parts of a BLIP with their aliases, and what the manifest says of them."""
+    """The parts of a BLIP as `trace_parts` takes them, and what the manifest says of them."""
     shapes = BlipShapes() if shapes is None else shapes
     check_model(model, shapes, decoder, greedy)
-    parts = parts_to_trace(model, shapes, "greedy" if greedy else decoder)
+    kind = "greedy" if greedy else decoder
     description = {
         "shapes": asdict(shapes),
-        "decoder": "greedy" if greedy else decoder,
+        "decoder": kind,
         "config": model.config.to_dict(),
         "generation_config": model.text_decoder.generation_config.to_dict(),
     }
-    return {name: (module, inputs, state_aliases(module)) for name, (module, inputs) in parts.items()}, description
+
+    def generator(graph):
+        return DECODERS[decoder][-1](model.config.text_config, graph, shapes, GenerationConfig())
+
+    try:
+        parts, with_logits = parts_to_trace(model, shapes, kind), parts_to_trace(model, shapes, decoder)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise ValueError(f"the model {CANNOT}: {type(error).__name__}: {error}") from error
+    return probed_parts(model, shapes, parts, with_logits, generator, BeamRows), description
 
 
+@clean_state()
 def trace(model, directory, shapes=None, *, decoder="cached", greedy=False, dtype=torch.float32, **compiling):
     """Trace the parts of `model` into `directory` and load them as one model.
 
-    What is there already and still valid is kept; the rest is traced, with the reason printed.
+    What is there already and still valid is kept; the rest is traced, with the reason printed. What the modules answer
+    to probe inputs is compared with the model's own answers first.
 
     Parameters
     ----------
@@ -444,12 +455,13 @@ def trace(model, directory, shapes=None, *, decoder="cached", greedy=False, dtyp
     Raises
     ------
     ValueError
-        If an argument is not of the kind described here."""
+        If an argument is not of the kind described here, or a trace would not answer as the model does."""
     parts, description = _artifact(model, shapes, decoder, greedy)
     trace_parts(parts, directory, description, dtype=dtype, **compiling)
     return NeuronBlipForQuestionAnswering.from_pretrained(directory)
 
 
+@clean_state()
 def compile_for_inf2(
     model, directory, shapes=None, *, decoder="cached", greedy=False, dtype=torch.float32, compiler_args=None
 ):
@@ -534,10 +546,13 @@ class CachedTextEncoder(nn.Module):
         attentions = [layer.crossattention.self for layer in model.text_decoder.bert.encoder.layer]
         self.projections = nn.ModuleList(project for layer in attentions for project in (layer.key, layer.value))
 
-    def forward(self, input_ids, attention_mask, encoder_hidden_states):
-        """As `NeuronTextEncoder`, but -> fp32 [B, 2 L, H, Q, D / H]: keys and values of layer 0, of layer 1 ..."""
-        features = self.encoder(input_ids, attention_mask, encoder_hidden_states)
+    def keys_and_values(self, features):
+        """fp32 [B, Q, D] -> [B, 2 L, H, Q, D / H]: keys and values of layer 0, of layer 1 ..."""
         return torch.stack([split_heads(project(features), self.heads) for project in self.projections], dim=1)
+
+    def forward(self, input_ids, attention_mask, encoder_hidden_states):
+        """As `NeuronTextEncoder`, but -> fp32 [B, 2 L, H, Q, D / H], see `keys_and_values`"""
+        return self.keys_and_values(self.encoder(input_ids, attention_mask, encoder_hidden_states))
 
 
 class DecoderState(NamedTuple):
@@ -588,7 +603,7 @@ class CachedDecoder(nn.Module):
         layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
 
         def zeros(*size):
-            return nn.Parameter(torch.zeros(shapes.rows, *size), requires_grad=False)
+            return nn.Parameter(torch.zeros(shapes.rows, *size, dtype=torch.float32), requires_grad=False)
 
         def keys_and_values(length):
             size = heads, length, model.config.hidden_size // heads

@@ -1,11 +1,14 @@
 """Traced parts in a directory, and the manifest that says what they are; nothing stale or changed is loaded."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from inf2.files import hash_weights, sha256, whole_file
-from inf2.rounding import split_flags
+from inf2.process import clean_state, one_writer
+from inf2.rounding import ImitatedAutoCast, split_flags
 from inf2.tensors import StaticGraph, describe, describe_inputs
 from inf2.tracing import (
     known_backend,
@@ -17,20 +20,44 @@ from inf2.tracing import (
 )
 
 # To be raised by whoever changes what a manifest says, or what a stand-in computes: artifacts are then traced again.
-FORMAT = 3
+FORMAT = 4
+# How far a sketch may lie from another, relative to its row: other CPUs sum in another order, by some millionths.
+SAME = 5e-5
 
 
+class Part(NamedTuple):
+    """A module to be traced, and what the model that it is a part of has to do with it.
+
+    Attributes
+    ----------
+    module, example_inputs, aliases
+        As `trace_module` takes them; fp32 and in eval mode.
+    answers : sequence of Tensor
+        What the model's own modules answer to probe inputs: a part is kept as long as they answer the same.
+    check : callable, optional
+        Called with the module before it is traced, and with the graph where that runs here in fp32: raises a
+        `ValueError` where it does not answer probe inputs as the model does.
+    """
+
+    module: torch.nn.Module
+    example_inputs: tuple
+    aliases: dict
+    answers: tuple = ()
+    check: Callable | None = None
+
+
+@clean_state()
 def trace_parts(
     parts, directory, description, *, dtype=torch.float32, backend=None, compiler_args=None, cpu_backend=False
 ):
     """Trace modules into `directory`: what is there already and still valid is kept, and for the rest a reason printed.
 
     Each part is complete on disk before the manifest names it: after an interruption the next call goes on from there.
+    One process, and one thread of it, writes to a directory at a time; another one waits, and keeps what it finds.
 
     Parameters
     ----------
-    parts : dict of str to (nn.Module, tuple of Tensor, dict of Parameter to int)
-        Each part with its example inputs and aliases, as `trace_module` takes them; fp32 and in eval mode.
+    parts : dict of str to `Part`, or to a tuple of its first three attributes or more
     directory : str or Path
         Made if missing. Holds ``manifest.json`` and a ``.pt`` file a part.
     description : dict
@@ -60,18 +87,31 @@ def trace_parts(
         "compiler_args": split_flags(compiler_args),
         "versions": _versions(backend),
     }
-    wanted = {name: _description_of(*part) | made_with for name, part in parts.items()}
-    reasons, known = _what_to_trace(directory, wanted)
-    manifest = {"format": FORMAT, **description, "backend": backend, "parts": known}
+    parts = {name: Part(*part) for name, part in parts.items()}
+    wanted = {name: _description_of(part) | made_with for name, part in parts.items()}
+    how = {"backend": backend, "compiler_args": compiler_args, "cpu_backend": cpu_backend}
     directory.mkdir(parents=True, exist_ok=True)
+    with one_writer(directory):
+        _trace_what_is_missing(parts, directory, {"format": FORMAT, **description, "backend": backend}, wanted, how)
+
+
+def _trace_what_is_missing(parts, directory, manifest, wanted, how):
+    for left in directory.glob(".*.unfinished"):  # by a writer that was killed
+        left.unlink()
+    reasons, known = _what_to_trace(directory, wanted)
+    for name, part in parts.items():
+        if reasons[name] and part.check:
+            part.check(part.module)
+    manifest = manifest | {"parts": known}
     _write_manifest(directory, manifest)
     width = max(map(len, parts))
-    for name, (module, example_inputs, aliases) in parts.items():
+    for name, part in parts.items():
         print(f"{name:<{width}}  {'traced: ' + reasons[name] if reasons[name] else 'kept'}", flush=True)
         if reasons[name]:
-            how = {"backend": backend, "compiler_args": compiler_args, "cpu_backend": cpu_backend}
-            traced = trace_module(module, example_inputs, input_output_aliases=aliases, **how)
+            traced = trace_module(part.module, part.example_inputs, input_output_aliases=part.aliases, **how)
             save_traced(traced, directory / f"{name}.pt")
+            if part.check and how["backend"] == "cpu" and ImitatedAutoCast(how["compiler_args"]).cast == "none":
+                part.check(traced)
             manifest["parts"][name] = wanted[name] | {"sha256": sha256(directory / f"{name}.pt")}
             _write_manifest(directory, manifest)
             del traced
@@ -102,7 +142,9 @@ def load_parts(directory, *, core=None):
         raise ValueError(f"{', '.join(missing)} not traced yet; call trace() again, it goes on where it stopped")
     return {
         name: StaticGraph(
-            load_traced(directory / f"{name}.pt", core=core, with_state=bool(part["state"])), part["inputs"]
+            load_traced(directory / f"{name}.pt", core=core, with_state=bool(part["state"])),
+            part["inputs"],
+            keeps_state=bool(part["state"]),
         )
         for name, part in parts.items()
     }
@@ -144,14 +186,36 @@ def _what_to_trace(directory, wanted):
     return reasons, {name: None if reasons[name] else known[name] for name in wanted}
 
 
-def _description_of(module, example_inputs, aliases):
+def _description_of(part):
     return {
-        "kind": type(module).__name__,
-        "inputs": describe_inputs(module, example_inputs),
-        "state": {f"state {i}": describe(parameter) for i, parameter in enumerate(aliases)},
-        "weights": hash_weights(module),
-        "config": _hash_configurations(module),
+        "kind": type(part.module).__name__,
+        "inputs": describe_inputs(part.module, part.example_inputs),
+        "state": {f"state {i}": describe(parameter) for i, parameter in enumerate(part.aliases)},
+        "weights": hash_weights(part.module),
+        "config": _hash_configurations(part.module),
+        "answers": [sketch(answer) for answer in part.answers],
     }
+
+
+def sketch(answer):
+    """Five numbers in place of each row of a tensor, as text, to be compared by `same_sketch`.
+
+    They are the row's root mean square, and four sums of its values with signs that are drawn once and for all, over
+    the root of their number: another value anywhere in the row changes them by as much as it changes the row's norm.
+
+    answer : Tensor [..., values]
+    """
+    rows = answer.detach().double().reshape(-1, answer.shape[-1])
+    signs = torch.randint(2, (rows.shape[1], 4), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    sums = (rows @ signs) / rows.shape[1] ** 0.5
+    numbers = torch.cat([rows.square().mean(dim=1, keepdim=True).sqrt(), sums], dim=1)
+    return " ".join(f"{number:.7g}" for number in numbers.flatten().tolist())
+
+
+def same_sketch(known, now):
+    """Whether two texts of `sketch` are those of the same answers, as another CPU would compute them too."""
+    known, now = (torch.tensor([float(number) for number in text.split()]).reshape(-1, 5) for text in (known, now))
+    return known.shape == now.shape and bool(((known - now).abs() <= SAME * known[:, :1]).all())
 
 
 def difference_between(known, wanted):
@@ -170,6 +234,9 @@ def difference_between(known, wanted):
     for kind in ("dtype", "backend", "compiler_args"):
         if known[kind] != wanted[kind]:
             return f"{kind} was {known[kind]}, is {wanted[kind]}"
+    answers = known["answers"], wanted["answers"]
+    if len(answers[0]) != len(answers[1]) or not all(map(same_sketch, *answers)):
+        return "the model answers probe inputs otherwise"
     return ""
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from inf2.lowering import Lowered, lower_examples, place_in_python, xla_process
+from inf2.process import clean_state
 from inf2.rules import DYNAMIC_SHAPES, REFUSED_OPERATORS, REFUSED_TYPES, REPORTED_OPERATORS
 from inf2.tensors import as_tuple, check_example, check_inputs, describe_inputs
 
@@ -30,6 +31,7 @@ class Checked:
     difference: float = float("nan")
 
 
+@clean_state()
 def check_module(module, examples, *, input_output_aliases=None, bound=1e-4):
     """Lower `module` and look for what fails on Inf2: nothing is compiled, and no device is needed.
 

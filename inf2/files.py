@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import threading
 from pathlib import Path
 
 import torch
@@ -14,9 +15,11 @@ from inf2.tensors import describe, state_of
 def whole_file(path):
     """A file to write to that takes the place of `path` when it is complete, and leaves nothing when it is not.
 
-    PyTorch gets the file, not its name: where it writes by itself, a full disk ends Python.
+    PyTorch gets the file, not its name: where it writes by itself, a full disk ends Python. The unfinished file has a
+    name of this process and thread alone.
     """
-    unfinished = Path(path).with_name(f".{Path(path).name}.unfinished")
+    writer = f"{os.getpid()}-{threading.get_ident()}"
+    unfinished = Path(path).with_name(f".{Path(path).name}.{writer}.unfinished")
     try:
         with open(unfinished, "wb") as file:
             yield file

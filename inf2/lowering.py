@@ -14,9 +14,9 @@ import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from inf2.files import whole_file
 from inf2.messages import hash_code, pack, unpack
+from inf2.process import clean_state
 from inf2.tensors import check_aliases, check_example, check_inputs, describe_inputs
 from torch import nn
 
@@ -116,15 +116,15 @@ def lower_module(module, example_inputs, *, input_output_aliases=None):
     return lower_examples(module, [example_inputs], aliases)
 
 
+@clean_state()
 def lower_examples(module, examples, aliases):
     """As `lower_module`, for several calls' inputs, which have been checked."""
-    with torch.inference_mode(False), torch.no_grad():
-        examples = [tuple(tensor.clone() for tensor in inputs) for inputs in examples]
-        check_aliases(module, [tensor.clone() for tensor in examples[0]], aliases)
+    examples = [tuple(tensor.clone() for tensor in inputs) for inputs in examples]
+    check_aliases(module, [tensor.clone() for tensor in examples[0]], aliases)
+    answer = xla_process().call("lower", module, examples, aliases, hash_code(module))
+    if answer is None:  # a module was loaded again, or changed: a new child imports what is there now
+        xla_process().end()
         answer = xla_process().call("lower", module, examples, aliases, hash_code(module))
-        if answer is None:  # a module was loaded again, or changed: a new child imports what is there now
-            xla_process().end()
-            answer = xla_process().call("lower", module, examples, aliases, hash_code(module))
         if answer is None:
             raise RuntimeError("cannot be lowered: a class of the module is another in this process than in its file")
     lowered = Lowered(**answer, inputs=describe_inputs(module, examples[0]))
@@ -231,11 +231,18 @@ class XlaProcess:
         return f"with status {self.process.returncode}" + (f": {lines[-1][-300:]}" if lines else "")
 
 
-_running, _starting = [], threading.Lock()
+def _begin():
+    """What a process starts with; a forked one leaves its parent's child alone."""
+    global _running, _starting
+    _running, _starting = [], threading.Lock()
+
+
+_begin()
+os.register_at_fork(after_in_child=_begin)
 
 
 def xla_process():
-    """The one child: a new one where the last has ended."""
+    """The one child of this process: a new one where the last has ended."""
     with _starting:
         if not _running or _running[0].process.poll() is not None:
             _running[:] = [XlaProcess()]

@@ -3,6 +3,7 @@
 import inspect
 
 import torch
+from inf2.process import Owner
 from torch import nn
 
 REFUSAL = "{name} is {got}; this graph was traced for {wanted}: pass exactly that, or trace it again"
@@ -48,16 +49,23 @@ def check_inputs(inputs, traced_for):
 class StaticGraph(nn.Module):
     """A traced module and what it was traced for: it refuses other inputs with a `ValueError` before the call.
 
-    The module refuses them too; but what comes out of TorchScript is a ``torch.jit.Error`` of fifteen lines.
+    The module refuses them too; but what comes out of TorchScript is a ``torch.jit.Error`` of fifteen lines. One that
+    keeps state answers in the process that made it alone, and is a `RuntimeError` in another, such as a fork.
     """
 
-    def __init__(self, graph, traced_for):
+    def __init__(self, graph, traced_for, *, keeps_state=False):
         super().__init__()
         self.graph = graph
         self.traced_for = traced_for
+        self.owner = Owner() if keeps_state else None
 
     def forward(self, *inputs):
+        if self.owner is not None:
+            self.owner.check()
         check_inputs(inputs, self.traced_for)
+        if torch.is_autocast_enabled("cpu"):  # it would cast the stand-in's products, which a compiled graph has fixed
+            with torch.autocast("cpu", enabled=False):
+                return self.graph(*inputs)
         return self.graph(*inputs)
 
 

@@ -9,6 +9,7 @@ import os
 
 import torch
 from inf2.files import whole_file
+from inf2.process import clean_state
 from inf2.rounding import split_flags
 from inf2.stand_in import trace_for_cpu
 from inf2.tensors import check_aliases, check_example
@@ -81,6 +82,7 @@ def neuron_compiler_args(
     return args
 
 
+@clean_state()
 def trace_module(
     module, example_inputs, *, input_output_aliases=None, backend=None, compiler_args=None, cpu_backend=False
 ):
@@ -88,7 +90,8 @@ def trace_module(
 
     On Neuron this is ``torch_neuronx.trace``. Elsewhere it is a stand-in made with ``torch.jit.trace`` that runs on
     the CPU and keeps Neuron's rules: it takes positional tensors of exactly the traced shapes and dtypes and refuses
-    anything else, also after ``torch.jit.save`` and ``torch.jit.load`` in another process.
+    anything else, also after ``torch.jit.save`` and ``torch.jit.load`` in another process. What the process is set to,
+    such as autocast or another default dtype, is not in the graph (see `inf2.process.clean_state`).
 
     Parameters
     ----------
@@ -119,13 +122,11 @@ def trace_module(
     backend = known_backend(backend)
     example_inputs, aliases = check_example(module, example_inputs, input_output_aliases)
     compiler_args = split_flags(neuron_compiler_args() if compiler_args is None else compiler_args)
-    # Outside inference mode a clone is an ordinary tensor: what is traced here works in every mode later.
-    with torch.inference_mode(False), torch.no_grad():
-        example_inputs = tuple(example.clone() for example in example_inputs)
-        check_aliases(module, example_inputs, aliases)
-        if backend == "cpu":
-            return trace_for_cpu(module, example_inputs, aliases, compiler_args)
-        return _trace_for_neuron(module, example_inputs, aliases, compiler_args, cpu_backend)
+    example_inputs = tuple(example.clone() for example in example_inputs)
+    check_aliases(module, example_inputs, aliases)
+    if backend == "cpu":
+        return trace_for_cpu(module, example_inputs, aliases, compiler_args)
+    return _trace_for_neuron(module, example_inputs, aliases, compiler_args, cpu_backend)
 
 
 def _trace_for_neuron(module, example_inputs, aliases, compiler_args, cpu_backend):
