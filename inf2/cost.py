@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from inf2.rounding import PRODUCTS, ProductMode, product_flops
-from inf2.tensors import as_tuple, state_of
+from inf2.tensors import state_of
 from torch.utils._pytree import tree_leaves
 
 # A NeuronCore-v2 of an Inferentia2 chip, which has two: half of the published figures of the chip.
@@ -98,7 +98,7 @@ def count_cost(module, example_inputs):
     """
     state = state_of(module)
     with torch.no_grad(), _Count() as count:
-        outputs = as_tuple(module(*example_inputs))
+        outputs = [value for value in tree_leaves(module(*example_inputs)) if isinstance(value, torch.Tensor)]
     weights = [p for p in module.parameters() if id(p) in count.ids and not any(p is kept for kept in state)]
     return Cost(
         flops=count.flops,

@@ -29,10 +29,14 @@ PRODUCTS = {
     aten.dot: (0, 1),
     aten.vdot: (0, 1),
     aten.addmm: (1, 2),
+    aten.addmm_: (1, 2),
     aten._addmm_activation: (1, 2),
     aten.addmv: (1, 2),
+    aten.addmv_: (1, 2),
     aten.addbmm: (1, 2),
+    aten.addbmm_: (1, 2),
     aten.baddbmm: (1, 2),
+    aten.baddbmm_: (1, 2),
     aten._int_mm: (0, 1),
     aten._scaled_mm: (0, 1),
     aten.convolution: (0, 1),
@@ -86,10 +90,16 @@ def _trilinear(i1, i2, i3, expand1, expand2, expand3, sumdim, unroll_dim=1):
     return torch.einsum(f"{left},{left}->{kept}", inner, third)
 
 
+def _cdist(x1, x2, p, mode):
+    multiplied = mode == 1 or (not mode and max(x1.shape[-2], x2.shape[-2]) > 25)  # as in ATen
+    return aten.cdist(x1, x2, p, mode) if p == 2 and multiplied else NotImplemented
+
+
 # Operators that multiply inside a kernel of their own, written with others, and how many results a module sees: those
 # after them are kept for the gradient.
 DECOMPOSED = {
     aten.mkldnn_rnn_layer: (_lstm, 3),
+    aten._cdist_forward: (_cdist, 1),
     aten._euclidean_dist: (_euclidean_dist, 1),
     aten._scaled_dot_product_flash_attention_for_cpu: (scaled_dot_product_flash_attention_for_cpu, 1),
     aten._trilinear: (_trilinear, 1),
