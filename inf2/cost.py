@@ -3,11 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from inf2.tensors import as_tuple, state_of
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
+from inf2.rounding import PRODUCTS, ProductMode, product_flops
+from inf2.tensors import state_of
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 # A NeuronCore-v2 of an Inferentia2 chip, which has two: half of the published figures of the chip.
 # https://awsdocs-neuron.readthedocs-hosted.com/en/latest/about-neuron/arch/neuron-hardware/inferentia2.html
@@ -50,37 +48,60 @@ class Cost:
         return "arithmetic" if self.flops / CORE_FLOPS[dtype] > self.moved(dtype) / CORE_BYTES_PER_SECOND else "memory"
 
 
-_LOOK_UPS = {getattr(torch.ops.aten, name) for name in ("embedding", "index", "index_select", "gather")}
+_LOOK_UPS = {
+    getattr(torch.ops.aten, name)
+    for name in (
+        "embedding",
+        "_embedding_bag",
+        "_embedding_bag_forward_only",
+        "index",
+        "index_select",
+        "gather",
+        "take",
+    )
+}
 
 
-class _Reads(TorchDispatchMode):
-    """Notes the ids of the tensors that an operator reads; one that looks up a few rows of a table does not count."""
+class _Count(ProductMode):
+    """Sums up FLOPs and notes the ids of the tensors that an operator reads; a few rows of a table do not count."""
+
+    outcome, remedy = "is not counted", ""
 
     def __init__(self):
         super().__init__()
+        self.flops = 0
         self.ids = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = self.in_parts(function, args, kwargs)
+        if result is not NotImplemented:
+            return result
+        result = function(*args, **kwargs)
         if function.overloadpacket not in _LOOK_UPS:
-            self.ids |= {id(value) for value in tree_leaves(args) if isinstance(value, torch.Tensor)}
-        return function(*args, **(kwargs or {}))
+            self.ids |= {id(value) for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)}
+        if function.overloadpacket in PRODUCTS:
+            self.flops += product_flops(function, args, result)
+        return result
 
 
 def count_cost(module, example_inputs):
     """Count the `Cost` of a module; on the ``meta`` device nothing is computed.
 
-    FLOPs are those of ``torch.utils.flop_counter``. Neither what is only looked up nor what the graph does not use
-    counts, so that the bound stays one.
+    FLOPs are those of the products that `ImitatedAutoCast` rounds, fused operators taken apart. Neither what is only
+    looked up nor what the graph does not use counts, so that the bound stays one.
+
+    Raises
+    ------
+    ValueError
+        Of an operator that multiplies, or may do so, in a way that is not counted.
     """
     state = state_of(module)
-    with torch.no_grad():
-        with _Reads() as reads:
-            outputs = as_tuple(module(*example_inputs))
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            module(*example_inputs)
-    weights = [p for p in module.parameters() if id(p) in reads.ids and not any(p is kept for kept in state)]
+    with torch.no_grad(), _Count() as count:
+        outputs = [value for value in tree_leaves(module(*example_inputs)) if isinstance(value, torch.Tensor)]
+    weights = [p for p in module.parameters() if id(p) in count.ids and not any(p is kept for kept in state)]
     return Cost(
-        flops=counter.get_total_flops(),
+        flops=count.flops,
         weights=sum(parameter.numel() for parameter in weights),
         state=sum(parameter.nbytes for parameter in state),
         inputs=sum(tensor.nbytes for tensor in example_inputs),
