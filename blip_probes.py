@@ -35,7 +35,8 @@ class Probes:
         text, vision = model.config.text_config, model.config.vision_config
         # Each kind has numbers of its own: other shapes of one part are no other probes of another.
         see, ask, feel, say = (torch.Generator().manual_seed(seed) for seed in range(4))
-        self.pictures = torch.randn(2, 1, 3, vision.image_size, vision.image_size, generator=see)
+        picture = torch.randn(1, 3, vision.image_size, vision.image_size, generator=see)
+        self.pictures = [picture, -picture]
         tokens = 1, model.vision_model.embeddings.num_positions, vision.hidden_size
         self.image_embeds = torch.randn(tokens, generator=ask)
         lengths = {1} | {n for length in shapes.question_lengths for n in (length // 2, length) if n}

@@ -1,5 +1,6 @@
 """A model with hooks, adapters, wrapped layers or patched methods gives its own answers compiled, or is refused."""
 
+import functools
 import types
 
 import pytest
@@ -111,8 +112,8 @@ def mean_of_rows(model):
 
 def decide_by_value(model):
     """A trace keeps one of the two ways."""
-    model.vision_model.encoder.layers[0].register_forward_hook(
-        lambda module, args, output: -output if output[0, 0, 0] > 0 else output
+    model.vision_model.embeddings.register_forward_hook(
+        lambda module, args, output: -output if args[0].mean() > 0 else output
     )
 
 
@@ -133,6 +134,7 @@ def generate_otherwise(model):
 def decode_otherwise(model):
     forward = model.text_decoder.forward
 
+    @functools.wraps(forward)
     def patched(*args, **kwargs):
         output = forward(*args, **kwargs)
         output.logits[..., DOT] += 50
