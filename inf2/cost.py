@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from inf2.process import clean_state
 from inf2.rounding import PRODUCTS, ProductMode, product_flops
 from inf2.tensors import state_of
 from torch.utils._pytree import tree_leaves
@@ -85,6 +86,7 @@ class _Count(ProductMode):
         return result
 
 
+@clean_state()
 def count_cost(module, example_inputs):
     """Count the `Cost` of a module; on the ``meta`` device nothing is computed.
 
@@ -97,7 +99,7 @@ def count_cost(module, example_inputs):
         Of an operator that multiplies, or may do so, in a way that is not counted.
     """
     state = state_of(module)
-    with torch.no_grad(), _Count() as count:
+    with _Count() as count:
         outputs = [value for value in tree_leaves(module(*example_inputs)) if isinstance(value, torch.Tensor)]
     weights = [p for p in module.parameters() if id(p) in count.ids and not any(p is kept for kept in state)]
     return Cost(
