@@ -55,7 +55,8 @@ def check_module(module, examples, *, input_output_aliases=None, bound=1e-4):
         input is a tensor, or a tuple, list or dict of tensors. The first one is what would be traced: give it a
         padded mask. Results may be nested, in tuples, dicts and output objects.
     bound : float
-        How far the results of the graph, run by XLA, may lie from eager, relative to the largest value.
+        How far the results of the graph, run by XLA, may lie from eager, relative to the largest value; further where
+        the module is of bfloat16 or float16.
 
     Returns
     -------
@@ -77,8 +78,9 @@ def check_module(module, examples, *, input_output_aliases=None, bound=1e-4):
     try:
         lowered = lower_examples(module, examples, aliases)
     except RuntimeError as error:
-        return Checked((_with_hint(str(error)),), tuple(order_notes(module, examples)))
+        return Checked((_why_not(module, examples[0], str(error)),), tuple(order_notes(module, examples)))
     values = Values(layers_of(module))
+    bound = bound_for(module, examples, bound)
     worst, differing = compare_with_eager(module, examples, lowered, bound, values)
     found, notes = result_findings(lowered, differing)
     findings = [*graph_findings(lowered), *value_findings(examples, values)]
@@ -86,7 +88,7 @@ def check_module(module, examples, *, input_output_aliases=None, bound=1e-4):
         findings += found
     notes = [*graph_notes(lowered), *notes, *order_notes(module, examples)]
     if not differing:
-        notes += eager_notes(module, examples[0], values, bound)
+        notes += eager_notes(module, examples[0], lowered, values, bound)
     return Checked(tuple(findings), tuple(notes), lowered, worst)
 
 
@@ -102,7 +104,12 @@ def check_alike(module, examples):
                 raise ValueError(REFUSAL.format(name=name, got=given[name], wanted=wanted))
 
 
-def _with_hint(error):
+def _why_not(module, inputs, error):
+    """The error of a module that cannot be lowered, with what to do about it; eager's where it cannot be called."""
+    try:
+        _call(module, inputs)
+    except Exception as own:
+        return f"eager fails on example 1: {type(own).__name__}: {own}"
     hints = [hint for words, hint in HINTS.items() if words in error]
     return f"{error}: {hints[0]}" if hints else error
 
@@ -130,14 +137,26 @@ def compare_with_eager(module, examples, lowered, bound, values):
         if len(expected) != len(actual):
             return float("inf"), f"eager returns {len(expected)} results on example {number}, the graph {len(actual)}"
         for (name, wanted), got in zip(expected, actual, strict=True):
-            if describe(got) != describe(wanted):
+            if describe(got) != describe(wanted.to(got.dtype) if is_integer(got, wanted) else wanted):
                 said = f"the graph's result {name} is {describe(got)}, eager's {describe(wanted)} on example {number}"
                 return float("inf"), said
-        difference = max(relative_difference(a, e) for a, (_, e) in zip(actual, expected, strict=True))
+        difference = max(relative_difference(a, e.to(a.dtype)) for a, (_, e) in zip(actual, expected, strict=True))
         worst = worst if difference <= worst else difference  # a NaN stays one
         if not difference <= bound:
             return worst, f"the graph's results differ from eager by {difference:.0e} on example {number}"
     return worst, None
+
+
+def is_integer(*tensors):
+    """Whether none of the tensors is of floating point or complex, nor bool: Inf2 has 32 bits for all of them."""
+    return not any(t.is_floating_point() or t.is_complex() or t.dtype == torch.bool for t in tensors)
+
+
+def bound_for(module, examples, bound):
+    """`bound`, or eight units in the last place of the coarsest floating-point type of a module and its inputs."""
+    tensors = [*module.parameters(), *module.buffers(), *flatten(examples[0])[0]]
+    types = {tensor.dtype for tensor in tensors if tensor.is_floating_point() and tensor.element_size() > 1}
+    return max([bound, *(8 * torch.finfo(dtype).eps for dtype in types - {torch.float32, torch.float64})])
 
 
 def value_findings(examples, values):
@@ -159,7 +178,7 @@ def order_notes(module, examples):
         yield f"inputs are bound by their order, to {bound}; left out: {left_out} ({ORDER})"
 
 
-def eager_notes(module, inputs, values, bound):
+def eager_notes(module, inputs, lowered, values, bound):
     """What eager says of a module whose graph agrees with it: yields a sentence each."""
     with torch.no_grad():
         outputs = module(*unflatten([tensor.clone() for tensor in flatten(inputs)[0]], flatten(inputs)[1]))
@@ -172,6 +191,9 @@ def eager_notes(module, inputs, values, bound):
         place = place_in_python(values.not_finite)
         yield f"numbers that are not finite come up{place}: some need --enable-saturate-infinity ({NOT_FINITE})"
     expected = [value for _, value in named_results(outputs) if isinstance(value, torch.Tensor)]
+    for value, actual, result in zip(expected, lowered.outputs[0], lowered.results, strict=True):
+        if describe(value) != describe(actual):
+            yield f"{result.name} is {describe(actual)} in the graph, {describe(value)} in eager"
     try:
         with ImitatedAutoCast(AUTO_CAST):
             actual = [value for _, value in _call(module, inputs) if isinstance(value, torch.Tensor)]

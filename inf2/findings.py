@@ -110,7 +110,7 @@ _ABOUT_READING = {
 def _about_host(name, place):
     if place.reads == "input":
         return " while the graph is recorded, and becomes a constant: use an operator that torch-xla has"
-    remedy = UNFOLD.get(name, "compute it once before the trace, and keep the result as the weight")
+    remedy = next(remedy for words, remedy in UNFOLD.items() if words in f"{place.layer} {name}")
     return f" on a weight, where torch-neuronx 2.9 ends the process: {remedy} ({HOST_ON_WEIGHT})"
 
 

@@ -114,6 +114,7 @@ class Operators(TorchDispatchMode):
         """Which kinds of values the results depend on; notes it of them."""
         reads = set().union(*(self.reads.get(self.root.get(id(t), id(t)), set()) for t in given))
         reads = set() if name in _LIKE else reads
+        _ = [tensor.shape for tensor in made]  # what torch-xla resized, such as arange, knows its size once it is asked
         self.alive += given + made
         known = {id(tensor) for tensor in given}
         for tensor in made:

@@ -62,7 +62,7 @@ REMEDIES = {
     "sort": "users have seen it compile since neuronx-cc 2.18 (aws-neuron-sdk#868, 2025-06), so try it or use topk",
     "strided convolution of dilated input": "upsample and downsample apart",
     "triangular-solve": "compute it before the trace",
-    "variadic reduce-window": "use cummax or cummin in no graph",
+    "variadic reduce-window": "mask each row with a triangle and take its maximum",
     "float64": "torch-neuronx computes it in float32: convert to that",
     "complex64": "compute with real and imaginary parts",
     "complex128": "compute with real and imaginary parts",
@@ -106,11 +106,13 @@ HINTS = {
     "view_as_complex": _NO_COMPLEX,
     "view_as_real": _NO_COMPLEX,
     "appears to be a view operator": "torch_neuronx records without functionalization as well: use slices or indices",
-    "XLA_DISABLE_FUNCTIONALIZATION": "torch_neuronx sets it too: set it to 0 before the import, or use others",
+    "XLA_DISABLE_FUNCTIONALIZATION": "torch_neuronx runs so: use another operator, or set it to 0 before the import",
     "Expected XLA tensor": "a tensor was made on the host: make it on an input's device, or register it as a buffer",
     "Type not supported: Float8": f"this type is not on Inf2, convert to bfloat16 ({_ERRORS}/EVRF005.html)",
 }
 # How to take a host operator on a weight out of a module.
 UNFOLD = {
-    "aten::_weight_norm_interface": "fold it with torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')",
+    ".parametrizations.": "fold it with torch.nn.utils.parametrize.remove_parametrizations(layer, name)",
+    "aten::_weight_norm_interface": "fold it with torch.nn.utils.remove_weight_norm(layer)",
+    "": "compute it once before the trace, and keep the result as the weight",
 }
