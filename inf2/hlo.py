@@ -14,6 +14,7 @@ _TYPES = {
     "C64": "complex64",
     "C128": "complex128",
     **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    **{f"F8{kind}": f"float8_{kind.lower()}" for kind in ("E4M3FN", "E5M2", "E4M3FNUZ", "E5M2FNUZ", "E4M3B11FNUZ")},
     **{f"S{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
     **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
 }
@@ -59,6 +60,13 @@ def element_types(instruction):
     return [f"{name} number" if name == "float64" and not dims else name for name, dims in named]
 
 
+def types_of(instruction, operators):
+    """As `element_types`; where no float64 was in Python it is torch-xla's, which compares with a number in float64."""
+    return [
+        f"{name} number" if name == "float64" and not operators.float64 else name for name in element_types(instruction)
+    ]
+
+
 def is_dynamic(instruction):
     """Whether a dimension of an instruction's result is not static."""
     return any(any(shape.get("isDynamicDimension", ())) for shape in shapes_of(instruction))
@@ -93,30 +101,79 @@ def drop_unused(hlo, used):
 
 
 def name_operators(hlo, operators):
-    """Name apart what neuronx-cc may have an operator of its own for: a sort that comes from topk, in floating point,
-    and a reduction of several tensors at once, such as of numbers and their indices.
+    """Name apart what neuronx-cc treats apart, see `special_name`, and say where everything comes from.
 
-    `operators` has, for lines of Python (file, number), the ``functions`` they are in and the aten operators
-    ``called``. Returns for each operator and element type of a graph the first line that it comes from, outside of
-    torch, as (file, number, function).
+    `operators` has, for lines of Python (file, number), the ``places`` of the aten operators called there. Returns for
+    each operator and element type of a graph the `Place` of the first line that it comes from, outside of torch.
     """
     index, places = hlo.get("stackFrameIndex", {}), {}
-    for instruction in instructions_of(hlo):
+    by_id = {instruction["id"]: instruction for instruction in instructions_of(hlo)}
+    roots = {computation["id"]: by_id[computation["rootId"]] for computation in hlo["computations"]}
+    for instruction in by_id.values():
         number, place = instruction.get("metadata", {}).get("stackFrameId"), None
         while number and not place:  # from the innermost frame outwards
             frame = index["stackFrames"][number - 1]
             location = index["fileLocations"][frame["fileLocationId"] - 1]
             line = index["fileNames"][location["fileNameId"] - 1], location["line"]
-            place, number = line if line in operators.functions else None, frame.get("parentFrameId")
-        types = element_types(instruction)
-        if instruction["opcode"] == "sort" and "aten::topk" in operators.called.get(place, ()) and "float" in types[0]:
-            instruction["opcode"] = "topk"
-        if instruction["opcode"] == "reduce" and len(types) > 1:
-            instruction["opcode"] = "variadic reduce"
+            place, number = line if line in operators.places else None, frame.get("parentFrameId")
+        called = operators.places.get(place, {})
+        name = special_name(instruction, by_id, roots, called)
+        types = types_of(instruction, operators)
+        instruction["opcode"] = name or instruction["opcode"]
         if place:
+            aten = instruction["metadata"].get("opType", "").replace("__", "::")
             for name in (instruction["opcode"], *types):
-                places.setdefault(name, (*place, operators.functions[place]))
+                places.setdefault(name, called.get(aten) or next(iter(called.values())))
     return places
+
+
+def special_name(instruction, by_id, roots, called):
+    """A name of its own for an operator that is not like others with its opcode, else None.
+
+    A sort of integers, or of more than 16,384 numbers, and one that comes from topk, in floating point; a product or
+    power of integers; a scatter that computes with integers; dilated windows; shifts that are not of 32 bits; the
+    lookup of int64; a literal beyond 32 bits; a reduction of several tensors at once.
+    """
+    opcode, types = instruction["opcode"], element_types(instruction)
+    operands = [by_id[number] for number in instruction.get("operandIds", ())]
+    first = element_types(operands[0])[0] if operands else ""
+    window = instruction.get("window", {}).get("dimensions", ())
+    wide = {key: any(int(d.get(key, 1)) > 1 for d in window) for key in ("baseDilation", "windowDilation", "stride")}
+    if opcode == "sort" and "float" in types[0]:
+        longest = max(int(shapes_of(instruction)[0]["dimensions"][int(d)]) for d in instruction["dimensions"])
+        return "topk" if "aten::topk" in called else "long sort" if longest > LONGEST_SORT else None
+    if opcode == "sort" and "int" in types[0]:
+        return "integer sort"
+    if opcode == "reduce" and len(types) > 1:
+        return "variadic reduce"
+    if opcode == "reduce-window" and len(operands) != 2:
+        return "variadic reduce-window"
+    if opcode == "reduce-window" and (wide["baseDilation"] or wide["windowDilation"]):
+        return "dilated reduce-window"
+    if opcode == "convolution" and wide["baseDilation"] and (wide["windowDilation"] or wide["stride"]):
+        return "doubly dilated convolution" if wide["windowDilation"] else "strided convolution of dilated input"
+    if opcode in ("dot", "power") and first in ("int64", "uint64"):
+        return f"int64 {opcode}"
+    if opcode == "dot" and "int" in first:
+        return "integer dot"
+    if opcode == "shift-right-arithmetic" and first not in ("int32", "uint32"):
+        return "shift-right-arithmetic not of 32 bits"
+    if opcode == "gather" and first == "int64" and element_types(operands[1])[0] == "int64":
+        return "int64 gather"
+    if opcode == "scatter" and "float" not in types[0]:
+        computes = roots[instruction["calledComputationIds"][0]]["opcode"]
+        return f"integer scatter with {computes}" if computes in SCATTERS else None
+    if opcode == "constant" and types[0] in _RANGES:
+        values = {int(value) for key in ("s64s", "u64s") for value in instruction.get("literal", {}).get(key, ())}
+        lowest, highest = _RANGES[types[0]]
+        return None if all(lowest <= value <= highest for value in values - _NO_BOUND) else "constant beyond 32 bits"
+    return None
+
+
+LONGEST_SORT = 16384
+SCATTERS = ("add", "multiply", "minimum", "maximum", "and", "or")
+_RANGES = {"int64": (-(2**31), 2**31 - 1), "uint64": (0, 2**32 - 1)}
+_NO_BOUND = {-(2**63), 2**63 - 1, 2**64 - 1}  # where a maximum or minimum starts
 
 
 _FIELDS = {

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import inspect
 import linecache
 import multiprocessing
 import os
@@ -17,7 +16,8 @@ from pathlib import Path
 from inf2.files import whole_file
 from inf2.messages import hash_code, pack, unpack
 from inf2.process import clean_state
-from inf2.tensors import check_aliases, check_example, check_inputs, describe_inputs
+from inf2.tensors import check_aliases, check_inputs
+from inf2.trees import check_nested, describe_nested, flatten, leaves_of, unflatten
 from torch import nn
 
 
@@ -39,10 +39,17 @@ class Lowered:
         The element types in the graph.
     dynamic : tuple of str
         The operators with a dimension that is not static.
-    where : dict of str to (file, line, function)
-        The first line of Python behind each operator and element type.
-    on_host : dict of str to (file, line, function)
-        aten operators that ran on the host while the graph was recorded, with their line.
+    where : dict of str to Place
+        The first line of Python behind each operator and element type; see `inf2.operators.Place`.
+    on_host : dict of str to Place
+        aten operators that ran on the host while the graph was recorded, and which values they read.
+    calls, random, host_tensors : dict of str to Place
+        The aten operators that were called; those that drew random numbers on the host; tensors of the host that met
+        those of the device.
+    constants : tuple of str
+        Results that are no tensors: numbers and text, which stay what they were for the first example.
+    beyond_32_bits : tuple of str
+        Parameters with an int64 beyond 32 bits.
     unused : tuple of str
         Inputs and state that no result depends on.
     twice : tuple of (str, str)
@@ -66,6 +73,11 @@ class Lowered:
     dynamic: tuple
     where: dict
     on_host: dict
+    calls: dict
+    random: dict
+    host_tensors: dict
+    constants: tuple
+    beyond_32_bits: tuple
     unused: tuple
     twice: tuple
     fingerprints: tuple
@@ -78,6 +90,7 @@ class Lowered:
 
         Inputs or state of another number, shape or dtype are a `ValueError`. Without `state` it is what the module had.
         """
+        inputs = tuple(tensor for value in inputs for _, tensor in leaves_of(value, ""))
         check_inputs(inputs, self.inputs)
         if state:
             kept = [result.type for result in self.results if result.kind == "state"]
@@ -99,7 +112,8 @@ def lower_module(module, example_inputs, *, input_output_aliases=None):
     Parameters
     ----------
     module, example_inputs, input_output_aliases
-        As in `trace_module`.
+        As in `trace_module`; each input may be a tuple, list or dict of tensors, and results may be nested as well, in
+        output objects of transformers too. In a graph they are in one row, without what is None.
 
     Returns
     -------
@@ -112,22 +126,23 @@ def lower_module(module, example_inputs, *, input_output_aliases=None):
     RuntimeError
         If torch-xla is not installed, the module cannot be lowered, or lowering it ends the process.
     """
-    example_inputs, aliases = check_example(module, example_inputs, input_output_aliases)
+    example_inputs, aliases = check_nested(module, example_inputs, input_output_aliases)
     return lower_examples(module, [example_inputs], aliases)
 
 
 @clean_state()
 def lower_examples(module, examples, aliases):
     """As `lower_module`, for several calls' inputs, which have been checked."""
-    examples = [tuple(tensor.clone() for tensor in inputs) for inputs in examples]
-    check_aliases(module, [tensor.clone() for tensor in examples[0]], aliases)
+    flat = [flatten(inputs) for inputs in examples]
+    examples = [unflatten([tensor.clone() for tensor in inputs], structure) for inputs, structure in flat]
+    check_aliases(module, unflatten([tensor.clone() for tensor in flat[0][0]], flat[0][1]), aliases)
     answer = xla_process().call("lower", module, examples, aliases, hash_code(module))
     if answer is None:  # a module was loaded again, or changed: a new child imports what is there now
         xla_process().end()
         answer = xla_process().call("lower", module, examples, aliases, hash_code(module))
         if answer is None:
             raise RuntimeError("cannot be lowered: a class of the module is another in this process than in its file")
-    lowered = Lowered(**answer, inputs=describe_inputs(module, examples[0]))
+    lowered = Lowered(**answer, inputs=describe_nested(module, examples[0]))
     weakref.finalize(lowered, xla_process().released.append, lowered.key)
     return lowered
 
@@ -149,23 +164,26 @@ class XlaGraph(nn.Module):
 
 
 def place_in_python(place):
-    """Where (file, line, function) is, in words that follow a sentence; "" for None.
+    """Where a `Place` is, in words that follow a sentence; "" for None.
 
-    A file with its line and source; for what a notebook or script defines, the function and the source.
+    A file with its line and source; for what a notebook defines, the function and the source; the layer.
     """
     if not place:
         return ""
-    file, number, function = place
-    if file == "<dynamic-code>":  # cloudpickle keeps the line, but not the file
-        found = sys.modules["__main__"]
-        for name in function.split("."):
-            found = getattr(found, name, None)
-        file = found.__code__.co_filename if inspect.isfunction(found) else ""
-        name = function
-    else:
-        name = f"{Path(file).name}:{number}"
-    source = linecache.getline(file, number).strip()
-    return f" at {name}" + (f", `{source}`" if source else "")
+    file, number, function, layer, _ = place
+    name = f"{Path(file).name}:{number}" if Path(file).is_file() else function
+    source = linecache.getline(file, number).strip() if function else ""
+    at = f" at {name}" + (f", `{source}`" if source else "") if function else ""
+    return at + (f" in layer {layer}" if layer else "")
+
+
+# What makes the child record as torch_neuronx does. XLA_DISABLE_FUNCTIONALIZATION=1 is its default, says AWS's page on
+# environment variables (2026-03-13); somebody who sets it to 0, the remedy of AWS's page on PyTorch 2.9 for wrong
+# results of split, is taken at their word. XLA_IR_DEBUG and XLA_HLO_DEBUG put lines of Python into the graph, as
+# torch_neuronx does in its traces. PJRT_DEVICE imitates nothing: it would be NEURON. On that device torch-xla 2.9 takes
+# float64 for float32 and int16 for int32, resizes by custom calls and gathers densely, none of which a CPU shows.
+ENVIRONMENT = {"PJRT_DEVICE": "CPU", "XLA_IR_DEBUG": "1", "XLA_HLO_DEBUG": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
+DEFAULTS = {"XLA_DISABLE_FUNCTIONALIZATION": "1"}
 
 
 class XlaProcess:
@@ -183,8 +201,9 @@ class XlaProcess:
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "inf2.recording", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
-            env=os.environ
-            | {"PJRT_DEVICE": "CPU", "XLA_IR_DEBUG": "1", "XLA_HLO_DEBUG": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
+            env=DEFAULTS
+            | os.environ
+            | ENVIRONMENT
             | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

@@ -1,4 +1,8 @@
-"""The child process, ``python -m inf2.recording FILE_DESCRIPTOR``: torch-xla records modules there, and runs graphs."""
+"""The child process, ``python -m inf2.recording FILE_DESCRIPTOR``: torch-xla records modules there, and runs graphs.
+
+It records as ``torch_neuronx.trace`` does: tensors of the inputs and the module on XLA's device, one call, then
+``LoweringContext.build`` of its results. `inf2.lowering` has the environment that is set for it.
+"""
 
 import collections
 import json
@@ -9,29 +13,26 @@ import threading
 import time
 import traceback
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import torch
 import torch_xla
 from inf2 import hlo as hlo_module
 from inf2.files import sha256
-from inf2.hlo import HloValue, element_types, instructions_of
+from inf2.hlo import HloValue, instructions_of, types_of
 from inf2.messages import hash_code, pack, unpack
+from inf2.operators import OURS, TORCH, Operators, exceeds_int32, find_place, layers_of
 from inf2.stand_in import quiet_properties
-from inf2.tensors import as_tuple, describe, input_names
+from inf2.tensors import describe
+from inf2.trees import describe_nested, flatten, named_results, unflatten
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch_xla.debug import metrics
-
-_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
-_OURS = f"{Path(__file__).parent}{os.sep}"
 
 
 class Recorder:
     """Lowers modules and runs their graphs. A graph is kept with its weights on XLA's device until it is released."""
 
     def __init__(self):
-        self.graphs, self.count = {}, 0
+        self.graphs, self.count, self.layers = {}, 0, {}
 
     def lower(self, module, examples, aliases, code):
         """Record a module for each of `examples`; the fields of `inf2.lowering.Lowered`, but ``inputs``.
@@ -41,15 +42,18 @@ class Recorder:
         if hash_code(module) != code:
             return None
         device = torch.device("xla")
+        self.layers = layers_of(module)
+        names = list(describe_nested(module, examples[0]))
+        examples = [flatten(inputs) for inputs in examples]
         owners = move_module(device, module, aliases)
-        recorded = [record(module, [move_tensor(device, tensor) for tensor in inputs], owners) for inputs in examples]
-        context, inputs, results, operators = recorded[0]
+        moved = [(list(move_tensor(device, tensor) for tensor in inputs), structure) for inputs, structure in examples]
+        recorded = [record(module, inputs, structure, owners, self.layers) for inputs, structure in moved]
+        context, inputs, results, constants, operators = recorded[0]
         graph = json.loads(context.hlo_json())
         used, read = hlo_module.used_instructions(graph)
         hlo_module.drop_unused(graph, used)
         places = hlo_module.name_operators(graph, operators)
         by_number = dict(context.device_parameter_id_tensor_mapping())
-        names = input_names(module, len(inputs))
         owned = [*(("input", n, t) for n, t in zip(names, inputs, strict=True)), *owners]
         slots = [context.tensor_parameter_id(tensor) for *_, tensor in owned]
         parameters = [
@@ -69,21 +73,27 @@ class Recorder:
             for (kind, name, _), slot in zip(owned, slots, strict=True)
             if kind != "weight" and slot not in read
         ]
+        trained = {slot for (*_, tensor), slot in zip(owned, slots, strict=True) if isinstance(tensor, nn.Parameter)}
         return {
             "text": text_of(proto),
             "proto": proto,
             "parameters": tuple(parameters),
             "results": tuple(
-                HloValue("state" if i in aliases.values() else "output", f"result {i}", *t)
-                for i, t in enumerate(results)
+                HloValue("state" if i in aliases.values() else "output", f"result {name}", *of_type)
+                for i, (name, of_type) in enumerate(results)
             ),
-            **facts_of(graph),
+            **facts_of(graph, operators),
             "where": places,
-            "on_host": {name: (*at, operators.functions[at]) for name, at in operators.on_host.items()},
+            "on_host": operators.on_host,
+            "calls": operators.calls,
+            "random": operators.random,
+            "host_tensors": operators.host_tensors,
+            "constants": tuple(constants),
+            "beyond_32_bits": tuple(p.name for n, p in enumerate(parameters) if exceeds_int32(by_number[n].cpu())),
             "unused": tuple(unused),
-            "twice": duplicate_weights(parameters, by_number),
+            "twice": duplicate_weights(parameters, by_number, trained),
             "fingerprints": tuple(fingerprint(context, inputs, owners) for context, inputs, *_ in recorded),
-            "outputs": tuple(self.run(key, inputs, None) for inputs in examples),
+            "outputs": tuple(self.run(key, inputs, None) for inputs, _ in examples),
             "key": key,
         }
 
@@ -125,13 +135,13 @@ def text_of(proto):
     return re.sub(r", metadata=\{[^}]*\}", "", text)
 
 
-def facts_of(graph):
+def facts_of(graph, operators):
     """What a graph in JSON consists of: its operators counted, those of dynamic shape, its element types."""
     instructions = instructions_of(graph)
     return {
         "operators": dict(collections.Counter(i["opcode"] for i in instructions).most_common()),
         "dynamic": tuple(dict.fromkeys(i["opcode"] for i in instructions if hlo_module.is_dynamic(i))),
-        "types": tuple(dict.fromkeys(name for i in instructions for name in element_types(i))),
+        "types": tuple(dict.fromkeys(name for i in instructions for name in types_of(i, operators))),
     }
 
 
@@ -163,51 +173,43 @@ def move_module(device, module, aliases):
     return weights + [("state", names[i], moved[i]) for i in state]
 
 
-def record(module, inputs, owners):
+def record(module, inputs, structure, owners, layers):
     """Run a module on XLA tensors, which records its graph: the context of the graph, and what happened meanwhile."""
 
     # A number that is not on the device yet would become a constant; until it is there its handle may still change.
     torch_xla.sync(wait=True)
     metrics.clear_all()
     before = [tensor._version for *_, tensor in owners]
-    with Operators(metrics.counter_names) as operators:
-        results = module(*[tensor.clone() for tensor in inputs])  # which it may write to
+    given = [tensor.clone() for tensor in inputs]  # which it may write to
+    with Operators(metrics, layers, given, [tensor for *_, tensor in owners]) as operators:
+        outputs = module(*unflatten(given, structure))
     for (kind, name, tensor), version in zip(owners, before, strict=True):
         if tensor._version != version:
-            raise ValueError(f"{kind} {name} is written in forward: return its new value, with an alias, or it is lost")
-    results = list(as_tuple(results))
-    for i, result in enumerate(results):
-        if not isinstance(result, torch.Tensor) or result.device.type != "xla":
-            raise ValueError(f"result {i} is {describe(result)} that was computed on the host, and in no graph")
+            raise ValueError(f"{kind} {name} is written in forward: {_about_writing(module, name)}")
+    results, constants = [], []
+    for name, result in named_results(outputs):
+        if isinstance(result, bool | int | float | str):
+            constants.append(name)
+        elif not isinstance(result, torch.Tensor):
+            raise ValueError(f"result {name} is {describe(result)}, which no graph returns: return its tensors")
+        elif result.device.type != "xla":
+            raise ValueError(f"result {name} is {describe(result)} that was computed on the host, and in no graph")
+        else:
+            results.append((name, result))
+    if not results:
+        raise ValueError("no tensor is returned: return one or more")
     context = torch_xla._XLAC.lowering.LoweringContext()
-    context.build(results)
+    context.build([result for _, result in results])
     # Only their types: results that live on would be computed at the next sync.
-    return context, inputs, [type_and_size(result) for result in results], operators
+    return context, inputs, [(name, type_and_size(result)) for name, result in results], constants, operators
 
 
-class Operators(TorchDispatchMode):
-    """Notes the lines of Python that operators come from, and which operators fell back to the host."""
-
-    def __init__(self, counters):
-        super().__init__()
-        self.counters, self.functions, self.called, self.on_host = counters, {}, {}, {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        frame = sys._getframe(1)
-        while frame and frame.f_code.co_filename.startswith(_TORCH):
-            frame = frame.f_back
-        place = (frame.f_code.co_filename, frame.f_lineno) if frame else ("", 0)
-        self.functions[place] = frame.f_code.co_qualname if frame else ""
-        self.called.setdefault(place, set()).add(function._schema.name)
-        given = [value for value in args if isinstance(value, torch.Tensor)]
-        copied = isinstance(result, torch.Tensor) and result.device.type != "xla"
-        if copied and any(tensor.device.type == "xla" for tensor in given):  # .cpu(), .tolist(), .numpy()
-            self.on_host.setdefault("aten::_local_scalar_dense", place)
-        for name in self.counters():
-            if name.startswith("aten::"):
-                self.on_host.setdefault(name, place)
-        return result
+def _about_writing(module, name):
+    """What to do about a tensor of a module that its forward writes to."""
+    layer = module.get_submodule(name.rpartition(".")[0])
+    if layer.training and isinstance(layer, nn.modules.batchnorm._NormBase):
+        return f"{type(layer).__name__} {name.rpartition('.')[0]} is in training mode, call eval() before"
+    return "return its new value, with an alias, or it is lost"
 
 
 def type_and_size(tensor):
@@ -215,14 +217,15 @@ def type_and_size(tensor):
     return describe(tensor), tensor.numel() * tensor.element_size()
 
 
-def duplicate_weights(parameters, tensors):
+def duplicate_weights(parameters, tensors, trained):
     """Pairs of names of matrices with the same values, unless they hold one number only, such as zeros.
 
-    Vectors may be alike: two biases that are added up get the same gradients.
+    Vectors may be alike: two biases that are added up get the same gradients. So may tables that nobody trained: only
+    the parameters numbered `trained` are compared.
     """
     seen, pairs = {}, []
     for number, parameter in enumerate(parameters):
-        if parameter.kind == "weight":
+        if parameter.kind == "weight" and number in trained:
             values = tensors[number].cpu()
             if values.dim() > 1 and values.numel() and (values != values.flatten()[0]).any():
                 digest = sha256(values)
@@ -243,6 +246,18 @@ def fingerprint(context, inputs, owners):
     return sha256([graph["computations"], sorted(known), constants])
 
 
+def place_of(error, layers):
+    """Where an error came up, in a module that was called."""
+    frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    outside = [frame for frame, _ in frames if not frame.f_code.co_filename.startswith((TORCH, OURS))]
+    place = find_place(layers, frames[-1][0])
+    if not outside:
+        return place
+    lines = {id(frame): line for frame, line in frames}
+    code = outside[-1].f_code
+    return place._replace(file=code.co_filename, line=lines[id(outside[-1])], function=code.co_qualname)
+
+
 def answer_calls(file_descriptor):
     """Take one call after another, each a pickled (name, arguments, released graphs), until the other side is gone."""
     connection, recorder = Connection(file_descriptor), Recorder()
@@ -261,10 +276,7 @@ def answer_calls(file_descriptor):
                 answer = True, getattr(recorder, name)(*arguments)
         except Exception as error:
             reason = (str(error).strip().splitlines() or [""])[0][:300]
-            codes = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-            places = [(c.co_filename, line, c.co_qualname) for c, line in codes]
-            inside = [place for place in places if not place[0].startswith((_TORCH, _OURS))]
-            answer = False, (f"cannot be lowered: {type(error).__name__}: {reason}", (inside or [None])[-1])
+            answer = False, (f"cannot be lowered: {type(error).__name__}: {reason}", place_of(error, recorder.layers))
         connection.send_bytes(pack(answer))
 
 
