@@ -33,6 +33,8 @@ lint: $(INSTALLED) ## check the style of all code, the notebooks' included
 	@$(VENV_PYTHON) -m ruff check
 	@$(VENV_PYTHON) -m ruff format --check
 
+# PyPI's torch, as in AWS's instructions; requirements-neuron.txt replaces a CPU build that is there already.
+neuron: export TORCH_CPU_INDEX =
 neuron: $(INSTALLED) ## add AWS's packages, to run on Inf2
 	@$(VENV_PYTHON) -m pip install -r requirements-neuron.txt
 
