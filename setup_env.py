@@ -3,8 +3,8 @@
 On Linux x86-64 PyPI's torch brings 4 GB of CUDA, which nothing here uses. There torch comes from PyTorch's own index of
 CPU builds, where that answers within a few seconds and has one that suits; otherwise from PyPI. The environment
 variable ``TORCH_CPU_INDEX`` names another index of that kind (a mirror, say). Empty, it means PyPI's torch:
-``make neuron`` sets it so, because AWS's instructions take torch from PyPI, and torch-neuronx beside a CPU build was
-never tried.
+``make neuron`` sets it so, because AWS's instructions take torch from PyPI, and we never tried torch-neuronx beside a
+CPU build.
 
 Needs Python's standard library alone. Where something is missing it says what, and what to do, and stops.
 """
