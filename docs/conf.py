@@ -47,6 +47,7 @@ autodoc_typehints_format = "short"
 autodoc_class_signature = "mixed"
 napoleon_google_docstring = False
 napoleon_use_param = napoleon_use_rtype = False  # types as they are written, no links
+napoleon_use_ivar = True
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|transformers|pathlib|collections|typing)\..*"),
