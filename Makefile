@@ -3,13 +3,14 @@
 PYTHON = python3
 VENV_PYTHON = .venv/bin/python
 INSTALLED = .venv/.installed
+SITE_INSTALLED = .venv/.site-installed
 
 # The notebooks run in notebooks/: a checkpoint's directory that is named from here is found from there as well.
 override BLIP_MODEL := $(or $(realpath $(BLIP_MODEL)),$(BLIP_MODEL))
 override RESNET_MODEL := $(or $(realpath $(RESNET_MODEL)),$(RESNET_MODEL))
 export BLIP_MODEL RESNET_MODEL
 
-.PHONY: help series test lab notebooks bench lint neuron clean
+.PHONY: help series test lab notebooks bench lint site neuron clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -33,11 +34,22 @@ lint: $(INSTALLED) ## check the style of all code, the notebooks' included
 	@$(VENV_PYTHON) -m ruff check
 	@$(VENV_PYTHON) -m ruff format --check
 
+site: $(SITE_INSTALLED) ## build the notebooks, the documents and the API as a site in build/site
+	@$(VENV_PYTHON) -m sphinx -q -W --keep-going -c docs -d build/site-doctrees . build/site
+	@echo "the site is in build/site: open build/site/index.html in a browser"
+
+# PyPI's torch, as in AWS's instructions; requirements-neuron.txt replaces a CPU build that is there already.
+neuron: export TORCH_CPU_INDEX =
 neuron: $(INSTALLED) ## add AWS's packages, to run on Inf2
 	@$(VENV_PYTHON) -m pip install -r requirements-neuron.txt
 
 clean: ## delete the environment and everything in build/
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# With requirements.txt beside it, so that no version of the environment moves.
+$(SITE_INSTALLED): requirements-site.txt $(INSTALLED)
+	@$(VENV_PYTHON) -m pip install -q -r requirements.txt -r requirements-site.txt
+	@touch $@
 
 $(INSTALLED): requirements.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed: install Python 3.11, 3.12 or 3.13"; exit 1; }

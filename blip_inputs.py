@@ -59,7 +59,7 @@ class BlipShapes:
 
     @property
     def longest_question(self):
-        """Q: what questions are padded to, and what the decoder was traced for."""
+        """Q, what questions are padded to, and what the decoder was traced for."""
         return self.question_lengths[-1]
 
 
