@@ -1,6 +1,6 @@
 """The figures of notebooks 01 to 04: what they draw is computed and asserted in the notebooks.
 
-Each is drawn for the width of a phone as well: about 640 pixels wide, with words of 11 points or more, and in greys.
+Each is drawn for the width of a phone as well: about 640 pixels wide, with words of 10 points or more, and in greys.
 """
 
 import functools
@@ -142,9 +142,9 @@ def three_parts(labels, most):
 
 @figure
 def nesting(title, stacks):
-    """What wraps what: in each stack of names, from the outside in; the innermost of `stacks` after a trace is a file.
+    """Boxes in boxes, before a trace and after it, when the module that was traced is a file.
 
-    `stacks` is a dict of a heading to (names, which of them is the module that is traced)."""
+    `stacks` is a dict of a part's name to (class names from the outside in, the index of the one that is traced)."""
     deepest = max(len(names) for names, _ in stacks.values())
     height = 0.62 * deepest + 1.0
     _, panels = plt.subplots(len(stacks), 1, figsize=(WIDTH, height * len(stacks) + 0.3), squeeze=False)
