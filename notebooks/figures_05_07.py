@@ -72,3 +72,44 @@ def three_routes():
             axes.annotate("", boxes[end][:2], boxes[start][:2], arrowprops=style)
         axes.text(3.45, 2.65, "dashed: not run here", ha="right", va="center", color=ORANGE)
         plt.show()
+
+
+def rounding(margins, drifts):
+    """The smallest margin of each answer, and how far each setting moved its logits (`drifts`: name to tensor)."""
+    with plt.rc_context(STYLE):
+        _, axes = _axes(4.6, xscale="log", xlabel="logits", ylabel="share of answers", ylim=(0, 1.02))
+        axes.set_title("How far rounding moves logits, and how far it may", loc="left")
+        looks = ((BLUE, "-"), (BLUE, "--"), (ORANGE, "-"), (ORANGE, "--"))
+        for (name, values), (colour, line) in zip(drifts.items(), looks, strict=True):
+            shares = [(i + 1) / len(values) for i in range(len(values))]
+            axes.plot(values.clamp(min=1e-5).sort().values, shares, line, color=colour, label=name)
+        shares = [(i + 1) / len(margins) for i in range(len(margins))]
+        axes.plot(margins.sort().values / 2, shares, color="black", linewidth=3, label="half the margin")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=2, frameon=False)
+        plt.show()
+
+
+def roofline(peak, bandwidth, published, graphs):
+    """A roof of `peak` operations and `bandwidth` bytes a second, with published runs below it.
+
+    `published` has for each name (operations a byte, operations a second reached, times the bound), `graphs` for each
+    name its operations a byte, which are marked along the bottom.
+    """
+    with plt.rc_context(STYLE):
+        _, axes = _axes(5, xscale="log", yscale="log", xlim=(0.5, 2000), ylim=(0.003, 300))
+        axes.set(xlabel="operations a byte (bf16)", ylabel="TFLOPS")
+        axes.set_title("A NeuronCore's roof, and AWS's published runs", loc="left")
+        bend = peak / bandwidth
+        axes.plot([0.5, bend, 2000], [0.5 * bandwidth / 1e12, peak / 1e12, peak / 1e12], color="black", linewidth=2)
+        axes.text(4, 4.5, "waits for\nmemory", ha="right", color="0.35")
+        axes.text(bend, 1.15 * peak / 1e12, "waits for arithmetic", ha="center", va="bottom", color="0.35")
+        marks = zip(published.items(), ("o", "s", "^"), (BLUE, ORANGE, GREEN), strict=True)
+        for (name, (intensity, reached, times)), mark, colour in marks:
+            roof = min(peak, intensity * bandwidth) / 1e12
+            axes.plot([intensity, intensity], [reached / 1e12, roof], ":", color=colour)
+            axes.plot(intensity, reached / 1e12, mark, color=colour, markersize=8, label=f"{name}: {times:.1f} x")
+        axes.legend(title="published time / bound", loc="upper left", frameon=False, fontsize=11, title_fontsize=11)
+        for name, intensity in graphs.items():
+            axes.plot([intensity, intensity], [0.003, 0.0045], color="black", linewidth=2)
+            axes.text(intensity, 0.006, name, rotation=90, ha="center", va="bottom", fontsize=11)
+        plt.show()
