@@ -23,7 +23,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, interrupted)  # before the imports, which take seconds
 
 import torch
-from safetensors import SafetensorError
 
 import blip_helpers as bh
 from blip_helpers import BlipShapes
@@ -180,7 +179,7 @@ def main():
     torch.set_grad_enabled(False)
     try:
         return {"check": check, "compile": compile_, "report": report}[arguments.command](arguments)
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"blip.py {arguments.command}: {error}", file=sys.stderr)
         return 2
 

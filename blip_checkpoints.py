@@ -1,9 +1,12 @@
 """Which models notebooks and commands run on: the bundled ones, or what ``BLIP_MODEL`` and ``RESNET_MODEL`` name."""
 
+import contextlib
 import os
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -40,18 +43,59 @@ def load_config(source):
 
 
 def load_pretrained(model_class, source):
-    """Load in fp32 and eval mode, as ordinary tensors even under inference mode, and without a bar on stderr."""
+    """Load in fp32 and eval mode, as ordinary tensors even under inference mode, and without a word on stderr.
+
+    Transformers fills weights that a checkpoint lacks with random numbers: here that is a `ValueError`."""
     architectures = load_config(source).architectures or [model_class.__name__]
-    if model_class.__name__ not in architectures:  # its missing weights would be random numbers
+    if model_class.__name__ not in architectures:
         raise ValueError(f"{source} is a {', '.join(architectures)}: pass a {model_class.__name__}")
-    bar = transformers_logging.is_progress_bar_enabled()
+    with quiet(), torch.inference_mode(False):
+        try:
+            model, found = model_class.from_pretrained(
+                source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        except (SafetensorError, UnpicklingError, LookupError, EOFError, RuntimeError) as error:
+            first = next(iter(str(error).splitlines()), "")
+            raise ValueError(
+                f"the weights of {source} cannot be read ({type(error).__name__}: {first}): copy them again, or save "
+                "them with save_pretrained()"
+            ) from error
+    check_weights(model_class.__name__, source, found)
+    return model.eval()
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without transformers' bars and reports."""
+    bar, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
-        with torch.inference_mode(False):
-            return model_class.from_pretrained(source, dtype=torch.float32).eval()
+        yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if bar:
             transformers_logging.enable_progress_bar()
+
+
+def check_weights(kind, source, found):
+    """Raise a `ValueError` unless a checkpoint has the weights of a `kind`, of their sizes, and no others.
+
+    `found` is what ``output_loading_info`` gives. It leaves out what transformers ties or generates; the counters of
+    a batch norm, which old checkpoints lack, act in training alone."""
+
+    def some(names):
+        return f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+
+    missing = sorted(name for name in found["missing_keys"] if not name.endswith("num_batches_tracked"))
+    others = sorted(found["unexpected_keys"])
+    sizes = [f"{name} is {list(its)}, not {list(ours)}" for name, its, ours in sorted(found["mismatched_keys"])]
+    wrong = [f"lacks {len(missing)} weights of a {kind} {some(missing)}"] if missing else []
+    wrong += [f"has {len(others)} others {some(others)}"] if others else []
+    wrong += [f"has {len(sizes)} of another size {some(sizes)}"] if sizes else []
+    if wrong:
+        remedy = f"save it with save_pretrained() of the {kind} itself, not of what wraps it"
+        raise ValueError(f"{source} {' and '.join(wrong)}: {remedy}")
 
 
 def load_resnet(source=None):
