@@ -18,6 +18,8 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
+from blip_pictures import resize_image
+
 MODELS = Path(__file__).parent / "models"
 
 
@@ -36,10 +38,15 @@ def question_count(most=1000):
 
 def load_config(source):
     """The configuration of a checkpoint, which says what it is; a directory that does not exist is a `ValueError`."""
+    check_source(source)
+    return AutoConfig.from_pretrained(source)
+
+
+def check_source(source):
+    """A directory that does not exist is a `ValueError`: it would be taken for a hub name."""
     path = Path(source)
     if not path.exists() and (path.is_absolute() or str(source).startswith((".", "~")) or len(path.parts) > 2):
         raise ValueError(f"{source} does not exist: pass a directory or a hub name")
-    return AutoConfig.from_pretrained(source)
 
 
 def load_pretrained(model_class, source):
@@ -117,7 +124,7 @@ def load_resnet(source=None):
     return model, ConvNextImageProcessorPil.from_pretrained(source)
 
 
-def load_blip(source=None):
+def load_blip(source=None, *, processor=None, image_size=None):
     """Load a visual-question-answering model, as Hugging Face made it.
 
     Parameters
@@ -125,14 +132,30 @@ def load_blip(source=None):
     source : str or Path, optional
         A directory or a hub name such as ``Salesforce/blip-vqa-base``; by default the environment variable
         ``BLIP_MODEL``, and without it the small model of this repository.
+    processor : str, Path or BlipProcessor, optional
+        Where the processor is, or itself; by default beside the model.
+    image_size : int, optional
+        Another height and width of pictures in pixels than that of the checkpoint: see `resize_image`.
 
     Returns
     -------
     model : BlipForQuestionAnswering, fp32, in eval mode
     processor : BlipProcessor
         With the Pillow image processor, which needs no torchvision: one checkpoint gives the same pixels everywhere.
+
+    Raises
+    ------
+    ValueError
+        If the checkpoint is of another kind or lacks weights, or an argument is not of the kind described here.
     """
     source = source or os.environ.get("BLIP_MODEL") or MODELS / "tiny-blip-vqa"
     model = load_pretrained(BlipForQuestionAnswering, source)
-    image_processor = BlipImageProcessorPil.from_pretrained(source)
-    return model, BlipProcessor(image_processor, AutoTokenizer.from_pretrained(source))
+    processor = source if processor is None else processor
+    if isinstance(processor, str | os.PathLike):
+        check_source(processor)
+        image_processor = BlipImageProcessorPil.from_pretrained(processor)
+        processor = BlipProcessor(image_processor, AutoTokenizer.from_pretrained(processor))
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        kind = type(processor).__name__
+        raise ValueError(f"processor is a {kind}: pass a BlipProcessor, or a directory or hub name that holds one")
+    return (model, processor) if image_size is None else resize_image(model, processor, image_size)
