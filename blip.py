@@ -23,7 +23,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, interrupted)  # before the imports, which take seconds
 
 import torch
-from safetensors import SafetensorError
 
 import blip_helpers as bh
 from blip_helpers import BlipShapes
@@ -39,26 +38,33 @@ def resnet_parts(source):
     return {"resnet": (bh.Logits(model), (torch.zeros(1, 3, size, size),))}
 
 
-def parts_of(source, shapes, decoders):
+def parts_of(arguments, shapes, decoders):
     """Every graph of a checkpoint, and the size of its vocabulary."""
+    source = arguments.model
     kind = bh.load_config(source).model_type if source else "blip"
     if kind == "resnet":
         return resnet_parts(source), 0
     if kind != "blip":
         raise ValueError(f"{source} is a {kind}; this series compiles blip and resnet")
-    model, _ = bh.load_blip(source)
+    model, _ = load_blip(arguments)
     return bh.parts_of_every_decoder(model, shapes, decoders), model.config.text_config.vocab_size
+
+
+def load_blip(arguments):
+    """The model and the processor that the arguments name."""
+    size = getattr(arguments, "image_size", None)
+    return bh.load_blip(arguments.model, processor=arguments.processor, image_size=size)
 
 
 def check(arguments):
     """Lower and check every graph; a table, then what was found."""
-    parts, vocab_size = parts_of(arguments.model, shapes_of(arguments), arguments.decoders)
+    parts, vocab_size = parts_of(arguments, shapes_of(arguments), arguments.decoders)
     return bh.print_checks(bh.check_parts(parts, vocab_size), parts)
 
 
 def compile_(arguments):
     """Compile a whole artifact for Inf2 on a machine without a Neuron device."""
-    model, _ = bh.load_blip(arguments.model)
+    model, _ = load_blip(arguments)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
     bh.compile_for_inf2(
         model,
@@ -69,6 +75,7 @@ def compile_(arguments):
         dtype=dtype,
     )
     model = f" --model {arguments.model}" if arguments.model else ""
+    model += f" --processor {arguments.processor}" if arguments.processor else ""
     print(
         f"compiled for Inf2, not run. Copy {arguments.directory} to the instance, then run there: "
         f"python blip.py report {arguments.directory}{model}"
@@ -77,13 +84,16 @@ def compile_(arguments):
 
 def report(arguments):
     """Verify an artifact against its checkpoint and time its graphs; prints Markdown."""
-    model, processor = bh.load_blip(arguments.model)
+    model, processor = load_blip(arguments)
     start = time.perf_counter()
     compiled = bh.NeuronBlipForQuestionAnswering.from_pretrained(arguments.directory)
     loaded = time.perf_counter() - start
     manifest = bh.read_manifest(arguments.directory)
     if manifest["decoder"] == "greedy":
         raise ValueError("this artifact returns no logits to compare: report one that was traced with greedy=False")
+    size = compiled.config.vision_config.image_size
+    if size != model.config.vision_config.image_size:
+        model, processor = bh.resize_image(model, processor, size)
     parts = bh.parts_to_trace(model, compiled.shapes, manifest["decoder"])
     for name, (module, _) in parts.items():
         if bh.hash_weights(module) != manifest["parts"][name]["weights"]:
@@ -160,6 +170,7 @@ def read_arguments(arguments=None):
     two.add_argument("--greedy", action="store_true", help="of a cached decoder: choose the token in the graph")
     two.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="what matrices are multiplied in")
     for command in (one, two):
+        command.add_argument("--image-size", type=int, help="pixels, such as 480; by default those of the checkpoint")
         command.add_argument("--batch-size", type=int, default=1)
         command.add_argument("--num-beams", type=int, default=1)
         command.add_argument("--question-length", type=int, nargs="+", default=[16], help="several make a graph each")
@@ -168,6 +179,8 @@ def read_arguments(arguments=None):
     three.add_argument("directory", help="what trace or compile left")
     three.add_argument("--model", help=help_model)
     three.add_argument("--questions", type=int, default=200, help="how many to ask at most (200)")
+    for command in (one, two, three):
+        command.add_argument("--processor", help="a directory or a hub name; by default it is beside the model")
     given = parser.parse_args(arguments)
     if given.command == "report" and given.questions < 1:
         parser.error(f"--questions is {given.questions}: ask one or more")
@@ -180,7 +193,7 @@ def main():
     torch.set_grad_enabled(False)
     try:
         return {"check": check, "compile": compile_, "report": report}[arguments.command](arguments)
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"blip.py {arguments.command}: {error}", file=sys.stderr)
         return 2
 

@@ -5,12 +5,25 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Verified:
-    """One question, answered by a model and by what was compiled from it."""
+    """One question, answered by a model and by what was compiled from it.
+
+    Attributes
+    ----------
+    example : object
+        What was asked.
+    expected, actual : list of int
+        Token ids of the model's answer and of the compiled one's; a list of such lists for several returned sequences.
+    difference : float
+        The largest of the logits, over the steps up to the first different token.
+    cut : bool
+        Whether the compiled answer ended without [SEP] at the traced length, which is what limited it.
+    """
 
     example: object
     expected: list
     actual: list
     difference: float
+    cut: bool = False
 
 
 def worst_difference(expected, actual, theirs, ours):

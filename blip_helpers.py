@@ -22,19 +22,23 @@ from transformers.models.blip.modeling_blip_text import BlipTextLayer
 
 from blip_answers import Verified, trim, worst_difference
 from blip_checkpoints import MODELS, load_blip, load_config, load_resnet, question_count, uses_bundled_models  # noqa: F401
-from blip_decoding import OnTheHost, TakesTurns, greedy_loop
+from blip_decoding import OnTheHost, TakesTurns, greedy_loop, on_the_host
 from blip_examples import check_parts, example_inputs  # noqa: F401 (notebook 06 checks with the former)
 from blip_inputs import (
     BlipShapes,
     ChecksRequests,
     check_model,
-    check_tokens,
+    how_many_together,
+    pad_question,
     requests,
     rows_by_image,
     rows_per_question,
+    setting_of,
     whole_number,
 )
+from blip_pictures import resize_image  # noqa: F401
 from blip_probes import CANNOT, probed_parts
+from blip_scores import probabilities, rank_answers  # noqa: F401
 
 # 01  Which model; trace a module ------------------------------------------------------------
 
@@ -173,32 +177,6 @@ class ShortestQuestionGraph(nn.Module):
         return F.pad(features, (0, 0, 0, self.lengths[-1] - length))
 
 
-def pad_question(input_ids, attention_mask, question_length, pad_token_id=0):
-    """Pad to the traced length: int64 [questions, q] -> input_ids and attention_mask int64 [questions, Q].
-
-    Raises
-    ------
-    ValueError
-        If a question is longer than Q or has no token at all; nothing is cut off.
-    """
-    if attention_mask is None:
-        attention_mask = torch.ones_like(input_ids)
-    check_tokens(input_ids, attention_mask)
-    attention_mask = (attention_mask != 0).long()
-    tokens = input_ids.shape[1]
-    if tokens > question_length:
-        raise ValueError(
-            f"question has {tokens} tokens; this model was traced for {question_length}: "
-            f"trace it with question_length >= {tokens}"
-        )
-    if (attention_mask.diff(dim=1) > 0).any():
-        raise ValueError("a question is padded on its left: pad it on the right, where positions stay what they are")
-    if not attention_mask.any(dim=1).all():  # as it is where there is no token at all
-        raise ValueError("a question is empty (its attention_mask has no 1): ask something")
-    padding = (0, question_length - tokens)
-    return F.pad(input_ids, padding, value=pad_token_id), F.pad(attention_mask, padding)
-
-
 # 03  Pad the decoder ------------------------------------------------------------
 
 
@@ -326,6 +304,7 @@ class NeuronBlipForQuestionAnswering(ChecksRequests, BlipForQuestionAnswering):
         )
 
     @torch.no_grad()
+    @on_the_host
     def encode_image(self, pixel_values):
         """Run the image graph, once for any number of questions asked later.
 
@@ -336,6 +315,7 @@ class NeuronBlipForQuestionAnswering(ChecksRequests, BlipForQuestionAnswering):
         return self.vision_model(pixel_values)
 
     @torch.no_grad()
+    @on_the_host
     def generate(
         self,
         input_ids,
@@ -369,8 +349,9 @@ class NeuronBlipForQuestionAnswering(ChecksRequests, BlipForQuestionAnswering):
 
     def _encode_questions(self, input_ids, attention_mask, images, encoded):
         """What the question graph makes of each question about its image, and the padded mask, int64 [questions, Q]."""
-        length, pad_token_id = self.shapes.longest_question, self.config.text_config.pad_token_id
-        input_ids, attention_mask = pad_question(input_ids, attention_mask, length, pad_token_id)
+        text, length = self.config.text_config, self.shapes.longest_question
+        padded = pad_question(input_ids, attention_mask, length, text.pad_token_id, text.max_position_embeddings)
+        input_ids, attention_mask = padded
         features = [None] * len(input_ids)
         for image, rows in rows_by_image(images, len(input_ids)):
             image_embeds = image if encoded else self.vision_model(image)[0]
@@ -481,15 +462,24 @@ def load_replicas(directory, n):
     return [NeuronBlipForQuestionAnswering.from_pretrained(directory, core=core) for core in range(n)]
 
 
-def infer(model, processor, text, image, **generate_kwargs):
+def infer(model, processor, text, image, *, return_scores=False, **generate_kwargs):
     """Ask questions about pictures: a str for a str, a list of str for a list.
 
     `model` is an original, which answers one unpadded question at a time, or a compiled one, which takes as many as
-    fit; `image` a picture as `processor` takes it, or a list with one a question, or what ``encode_image`` of the
-    compiled model returned. A `ValueError` says which question is empty or too long, or which image is none."""
+    fit; `image` a picture as `processor` takes it, its path or URL, or a list with one a question, or what
+    ``encode_image`` of the compiled model returned. With `return_scores` an answer is a pair, the text and its
+    probability (see `probabilities`). A `ValueError` says which question is empty or too long, or which image is none.
+    """
+    together = how_many_together(model, text, generate_kwargs)
+    details = {"return_dict_in_generate": True, "output_scores": True} if return_scores else {}
     answers = []
-    for inputs in requests(model, processor, text, image, generate_kwargs):
-        answers += processor.batch_decode(model.generate(**inputs, **generate_kwargs), skip_special_tokens=True)
+    for inputs in requests(model, processor, text, image, together):
+        output = model.generate(**inputs, **generate_kwargs | details)
+        token_ids = output.sequences if return_scores else output
+        texts = processor.batch_decode(token_ids, skip_special_tokens=True)
+        answers += zip(texts, probabilities(model, output), strict=True) if return_scores else texts
+        if isinstance(model, ChecksRequests):
+            model.warn_if_cut(token_ids, generate_kwargs)
     return answers[0] if isinstance(text, str) else answers
 
 
@@ -497,25 +487,27 @@ def verify(compiled, model, processor, examples, **generate_kwargs):
     """Compare `compiled` with `model`, eager, one unpadded question at a time, with the same limit of new tokens.
 
     `examples` have a ``question`` and an ``image``; the compiled model takes as many at once as fit, of different
-    lengths. Yields for each a `Verified`: token ids, and the largest difference of the logits over the steps up to the
-    first different token."""
-    examples = list(examples)
-    each = rows_per_question(generate_kwargs, compiled.text_decoder.generation_config)
-    at_once = max(1, compiled.shapes.rows // each)
-    generate_kwargs = {"max_new_tokens": compiled.shapes.answer_length - 1} | generate_kwargs
-    generate_kwargs |= {"return_dict_in_generate": True, "output_logits": True}
+    lengths; where it samples, one, from the random numbers that the model drew. Yields for each a `Verified`."""
+    examples, own = list(examples), compiled.text_decoder.generation_config
+    returned = whole_number("num_return_sequences", setting_of("num_return_sequences", generate_kwargs, own) or 1)
+    each = rows_per_question(generate_kwargs, own)
+    at_once = 1 if setting_of("do_sample", generate_kwargs, own) else max(1, compiled.shapes.rows // each)
+    limited = compiled.with_limit(generate_kwargs) | {"return_dict_in_generate": True, "output_logits": True}
     for batch in (examples[start : start + at_once] for start in range(0, len(examples), at_once)):
-        images, questions = [example.image for example in batch], [example.question for example in batch]
-        together = processor(images=images, text=questions, padding=True, return_tensors="pt")
-        actual = compiled.generate(**together, **generate_kwargs)
+        asked = [example.question for example in batch], [example.image for example in batch]
+        drawn_from = torch.get_rng_state()
+        expected = [model.generate(**alone, **limited) for alone in requests(model, processor, *asked, 1)]
+        torch.set_rng_state(drawn_from)
+        (together,) = requests(compiled, processor, *asked, len(batch))
+        actual = compiled.generate(**together, **limited)
         for row, example in enumerate(batch):
-            alone = processor(images=example.image, text=example.question, return_tensors="pt")
-            expected = model.generate(**alone, **generate_kwargs)
-            theirs, ours = expected.sequences[0], actual.sequences[row * len(actual.sequences) // len(batch)]
-            rows = slice(row * each, (row + 1) * each)
-            difference = worst_difference(expected.logits, [step[rows] for step in actual.logits], theirs, ours)
+            theirs, ours = expected[row].sequences, actual.sequences[row * returned : (row + 1) * returned]
+            logits = [step[row * each : (row + 1) * each] for step in actual.logits]
+            difference = worst_difference(expected[row].logits, logits, theirs[0], ours[0])
             sep_token_id = compiled.config.text_config.sep_token_id
-            yield Verified(example, trim(theirs, sep_token_id), trim(ours, sep_token_id), difference)
+            both = [[trim(token_ids, sep_token_id) for token_ids in answers] for answers in (theirs, ours)]
+            cut = any(compiled.was_cut(answer, generate_kwargs) for answer in both[1])
+            yield Verified(example, *(answers if returned > 1 else answers[0] for answers in both), difference, cut)
 
 
 # 05  Cache the decoder ------------------------------------------------------------
@@ -695,11 +687,18 @@ class DecoderCachedGenerator(TakesTurns, DecoderPaddedGenerator):
 class DecoderGreedyGenerator(DecoderCachedGenerator):
     """Around a `GreedyDecoder`: Hugging Face's ``generate()`` with the loop of `greedy_loop` in place of its own."""
 
-    def generate_in_turn(self, input_ids, **kwargs):
+    returns_logits = False
+
+    def generate_in_turn(self, input_ids, streamer=None, tokenizer=None, **kwargs):
         """As a `DecoderCachedGenerator`; what needs logits is a `ValueError`."""
-        # transformers hands no streamer to a custom_generate, but arguments of other names.
-        streamer = kwargs.get("streamer")
-        return super().generate_in_turn(input_ids, custom_generate=greedy_loop, chosen_to=streamer, **kwargs)
+        # To a custom_generate transformers hands neither, but arguments of other names.
+        self.tokenizer = tokenizer
+        return super().generate_in_turn(
+            input_ids, custom_generate=greedy_loop, streamer=streamer, chosen_to=streamer, **kwargs
+        )
+
+    def _get_stopping_criteria(self, **kwargs):
+        return super()._get_stopping_criteria(**kwargs | {"tokenizer": self.tokenizer})
 
 
 # Of each kind: what makes the modules that are traced, the name of the decoder's example inputs, what stands around it.

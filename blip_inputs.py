@@ -1,14 +1,16 @@
 """What a compiled BLIP may be asked: the sizes it is traced for, and the arguments of a call."""
 
+import operator
+import warnings
 from dataclasses import dataclass, fields
 
 import torch
 from inf2 import describe
-from transformers import BlipForQuestionAnswering
-from transformers.image_utils import is_valid_image
+from transformers import BlipForQuestionAnswering, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from blip_decoding import OnTheHost
+from blip_pictures import pixel_values_of
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,9 @@ class BlipShapes:
         for field in fields(self):
             least = 2 if field.name == "answer_length" else 1
             given = getattr(self, field.name)
-            several = field.name == "question_length" and isinstance(given, tuple | list)
-            for value in given if several and given else [given]:
-                if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                    raise ValueError(f"{field.name} is {given!r}: give a whole number of at least {least}")
+            several = field.name == "question_length" and isinstance(given, tuple | list) and len(given) > 0
+            numbers = tuple(whole_number(field.name, value, least) for value in (given if several else [given]))
+            object.__setattr__(self, field.name, numbers if several else numbers[0])
         object.__setattr__(self, "question_length", self.question_lengths)
         if len(self.question_lengths) == 1:
             object.__setattr__(self, "question_length", self.longest_question)
@@ -67,32 +68,64 @@ class ChecksRequests(OnTheHost):
     """The part of a compiled model that refuses what it was not traced for; of `self` it reads ``shapes``, ``config``
     and the text decoder's generation settings."""
 
+    warned = False
+
     def forward(self, *args, **kwargs):
         """Not compiled: what ``forward`` of the original computes is a loss, for training."""
         raise NotImplementedError("a compiled model answers with generate(); train the original")
 
-    def with_limit(self, generate_kwargs):
-        """The same arguments with an explicit limit of new tokens, which is no more than A - 1."""
-        most = self.shapes.answer_length - 1
-        limits = []
+    def limit_of(self, generate_kwargs):
+        """The limit of new tokens, at most A - 1, and whether the trace alone sets it."""
+        most, limits = self.shapes.answer_length - 1, []
         for of_the_model in (None, self.text_decoder.generation_config):
             new = setting_of("max_new_tokens", generate_kwargs, of_the_model)
             length = setting_of("max_length", generate_kwargs, of_the_model)  # of which one is the start token
             limits += [] if new is None else [whole_number("max_new_tokens", new)]
             limits += [] if length is None else [whole_number("max_length", length) - 1]
             if of_the_model is None and limits and limits[0] > most:
+                longer = self.longer("answer_length", limits[0] + 1)
                 raise ValueError(
                     f"the answer may have {limits[0]} new tokens; this model was traced for {most}: ask for "
-                    f"max_new_tokens <= {most}, or trace it with answer_length >= {limits[0] + 1}"
+                    f"max_new_tokens <= {most}{', or ' + longer if longer else ''}"
                 )
-        limit = min(limits[0], most) if limits else most
+        return (min(limits[0], most), limits[0] > most) if limits else (most, True)
+
+    def with_limit(self, generate_kwargs):
+        """The same arguments with an explicit limit of new tokens, which is no more than A - 1."""
+        limit, _ = self.limit_of(generate_kwargs)
         return {k: v for k, v in generate_kwargs.items() if k != "max_length"} | {"max_new_tokens": limit}
 
+    def longer(self, name, length):
+        """The advice to trace a longer `name`; "" where the checkpoint has no more positions."""
+        positions = self.config.text_config.max_position_embeddings
+        return f"trace it with {name} >= {length}" if length <= positions else ""
+
+    def was_cut(self, answer, generate_kwargs):
+        """Whether an answer, a list of A token ids, ended without [SEP] because no longer one was traced."""
+        ended = len(answer) < self.shapes.answer_length or self.config.text_config.sep_token_id in answer[1:]
+        return not ended and self.limit_of(generate_kwargs)[1]
+
+    def warn_if_cut(self, answers, generate_kwargs):
+        """Say once a model that an answer was cut: `answers` is int64 [rows, tokens]."""
+        if not self.warned and any(self.was_cut(answer, generate_kwargs) for answer in answers.tolist()):
+            self.warned = True
+            length = self.shapes.answer_length
+            remedy = self.longer("answer_length", length + 1) or "this checkpoint has no more positions"
+            said = f"an answer was cut after {length - 1} new tokens, as answer_length={length} was traced: {remedy}"
+            warnings.warn(said, stacklevel=3)
+
     def check_arguments(self, generate_kwargs):
-        for name in NOT_COMPILED:
+        config = generate_kwargs.get("generation_config")
+        if config is not None and not isinstance(config, GenerationConfig):
+            raise ValueError(f"generation_config is a {type(config).__name__}: pass a GenerationConfig")
+        for name, without_effect in NOT_COMPILED.items():
             value = setting_of(name, generate_kwargs, self.text_decoder.generation_config)
-            if value is not None and value is not False and not (name == "guidance_scale" and value == 1):
+            number = isinstance(value, int | float) and value == without_effect
+            if value is not None and value is not False and not number:
                 raise ValueError(f"{name} is nothing that a compiled model can do: leave it out, or ask the original")
+        for name in SET_BY_THE_MODEL:
+            if name in generate_kwargs:
+                raise ValueError(f"{name} comes from the configuration and the question: leave it out")
 
     def check_images(self, pixel_values, image, interpolate_pos_encoding):
         if (pixel_values is None) == (image is None):
@@ -126,6 +159,10 @@ class ChecksRequests(OnTheHost):
                 f"{questions} questions with {each} rows each need {questions * each} rows; this model was traced for "
                 f"{self.shapes.rows}: pass fewer, or trace it with batch_size * num_beams >= {questions * each}"
             )
+        if generate_kwargs.get("streamer") is not None and questions * each > 1:
+            raise ValueError(
+                f"a streamer hears one answer at a time, not {questions * each}: ask one question, without beams"
+            )
         last = self.config.text_config.vocab_size - 1
         if input_ids.numel() and not 0 <= input_ids.min() <= input_ids.max() <= last:
             raise ValueError(
@@ -137,6 +174,8 @@ class ChecksRequests(OnTheHost):
 def check_dimensions(name, tensor, dims):
     if not isinstance(tensor, torch.Tensor) or tensor.dim() != dims or not len(tensor):
         raise ValueError(f"{name} is {describe(tensor)}: pass a tensor of {dims} dimensions, as the processor")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} is on {tensor.device}: pass it on the CPU, the graphs take it from there")
 
 
 def check_tokens(input_ids, attention_mask):
@@ -156,11 +195,16 @@ def setting_of(name, generate_kwargs, of_the_model):
     return next((value for value in values if value is not None), None)
 
 
-def whole_number(name, value):
-    """`value`, which has to be a whole number of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is {value!r}: give a whole number of at least 1")
-    return value
+def whole_number(name, value, least=1):
+    """`value` as an int: a whole number of at least `least`, which may be numpy's or a tensor without dimensions."""
+    kind = getattr(value, "dtype", type(value))
+    try:
+        number = None if "bool" in str(kind) or getattr(value, "ndim", 0) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        raise ValueError(f"{name} is {value!r}: give a whole number of at least {least}")
+    return number
 
 
 def rows_per_question(generate_kwargs, of_the_model):
@@ -169,24 +213,34 @@ def rows_per_question(generate_kwargs, of_the_model):
     return max(1 if value is None else whole_number(name, value) for name, value in given.items())
 
 
-# What generate() of the original can do and these graphs can't: they return logits alone, and keep their own cache.
-NOT_COMPILED = (
-    "assistant_model",
-    "cache",
-    "custom_generate",
-    "guidance_scale",
-    "inputs_embeds",
-    "output_attentions",
-    "output_hidden_states",
-    "past_key_values",
-    "prompt_lookup_num_tokens",
-)
+# What generate() of the original can do and these graphs can't (they return logits alone, keep their own cache and take
+# no other input), each with the number that has no effect.
+NOT_COMPILED = dict.fromkeys(
+    (
+        *("assistant_early_exit", "assistant_model", "assistant_tokenizer", "cache", "cache_config"),
+        *("cache_implementation", "constraints", "continuous_batching_config", "custom_generate", "dola_layers"),
+        *("diversity_penalty", "force_words_ids", "inputs", "inputs_embeds", "max_cache_len"),
+        *(
+            "is_assistant",
+            "negative_prompt_attention_mask",
+            "negative_prompt_ids",
+            "output_attentions",
+            "output_hidden_states",
+        ),
+        *("past_key_values", "penalty_alpha", "position_ids", "prefill_chunk_size", "prompt_lookup_num_tokens"),
+        *("synced_gpus", "token_healing", "use_mtp"),
+    ),
+    0,
+) | {"guidance_scale": 1, "num_beam_groups": 1}
+# What the model hands to its text decoder itself.
+SET_BY_THE_MODEL = ("encoder_attention_mask", "encoder_hidden_states", "eos_token_id", "pad_token_id")
 
 
-def requests(model, processor, text, image, generate_kwargs):
-    """What `infer` is given, as inputs of ``generate()``: yields a dict for each call that `model` takes at once."""
+def requests(model, processor, text, image, together):
+    """What `infer` is given, as inputs of ``generate()``: yields a dict for each call, of so many questions `together`.
+
+    Both models get what Hugging Face's processor makes, except that padding is on the right."""
     questions, images, encoded = pair_up(model, text, image)
-    together = how_many_together(model, len(questions), generate_kwargs)
     token_ids = [question_tokens(processor, question) for question in questions]
     pixels = {}
     for start in range(0, len(questions), together):
@@ -220,21 +274,22 @@ def pair_up(model, text, image):
     return questions, images, encoded
 
 
-def how_many_together(model, questions, generate_kwargs):
-    """How many of so many questions a call of `model` takes; what gives no text each is a `ValueError`."""
+def how_many_together(model, text, generate_kwargs):
+    """How many of the questions of `infer` a call of `model` takes; what gives no text each is a `ValueError`."""
     own = model.text_decoder.generation_config
     if setting_of("num_return_sequences", generate_kwargs, own) not in (None, 1):
         raise ValueError("infer gives one answer a question: call model.generate() for num_return_sequences > 1")
     if setting_of("return_dict_in_generate", generate_kwargs, own):
         raise ValueError("infer gives texts: call model.generate() for return_dict_in_generate")
-    together = 1
-    if isinstance(model, ChecksRequests):
-        together = max(1, model.shapes.rows // rows_per_question(generate_kwargs, own))
-        if questions > together and setting_of("do_sample", generate_kwargs, own):
-            raise ValueError(
-                f"{questions} questions are more than the {together} that fit into one call, and sampling in "
-                "several calls would draw other random numbers: pass fewer, or trace a larger batch_size"
-            )
+    if not isinstance(model, ChecksRequests) or generate_kwargs.get("streamer") is not None:
+        return 1
+    together = max(1, model.shapes.rows // rows_per_question(generate_kwargs, own))
+    questions = len(text) if isinstance(text, list | tuple) else 1
+    if questions > together and setting_of("do_sample", generate_kwargs, own):
+        raise ValueError(
+            f"{questions} questions are more than the {together} that fit into one call, and sampling in several "
+            "calls would draw other random numbers: pass fewer, or trace a larger batch_size"
+        )
     return together
 
 
@@ -255,6 +310,37 @@ def check_model(model, shapes, decoder, greedy):
         raise ValueError(f"shapes is a {type(shapes).__name__}: pass BlipShapes(...)")
     if any(module.training for module in model.modules()):
         raise ValueError("the model is in training mode, a trace would keep its dropout: call model.eval() first")
+    check_weights_to_trace(model)
+    last = model.config.text_config.vocab_size - 1
+    for name in ("bos_token_id", "sep_token_id", "pad_token_id"):
+        token = getattr(model.config.text_config, name)
+        if not isinstance(token, int) or not 0 <= token <= last:
+            raise ValueError(
+                f"{name} of the text_config is {token!r}; the vocabulary has 0 to {last}: set it to the tokenizer's"
+            )
+
+
+def check_weights_to_trace(model):
+    """Raise a `ValueError` unless all is fp32, on the CPU and as Hugging Face made it."""
+    tensors = [*model.parameters(), *model.buffers()]
+    devices = {str(tensor.device) for tensor in tensors} | {str(torch.get_default_device())}
+    if devices != {"cpu"}:
+        raise ValueError(
+            f"the model or torch's default device is {', '.join(sorted(devices - {'cpu'}))}; it is traced on the CPU: "
+            "load it there, and call torch.set_default_device('cpu')"
+        )
+    quantised = [name for name, module in model.named_modules() if type(module).__module__.startswith("torch.ao.nn.")]
+    # A tensor of another class, or of whole numbers, says fp32 of itself or can't be made so.
+    quantised += [
+        name
+        for name, p in model.named_parameters()
+        if type(p.data) is not torch.Tensor or not (p.is_floating_point() or p.is_complex())
+    ]
+    if quantised:
+        raise ValueError(
+            f"{quantised[0]} is quantised; float32 is what is traced: load the original, and let the compiler round it "
+            "(dtype=torch.bfloat16)"
+        )
     others = {describe(p).split()[0] for p in model.parameters()} - {"float32"}
     if others:
         raise ValueError(f"the model has weights in {', '.join(others)}; float32 is what is traced: call model.float()")
@@ -270,22 +356,47 @@ def rows_by_image(images, questions):
     return [(images[of_image[:1]], of_image) for of_image in rows.values()]
 
 
-def question_tokens(processor, question):
+def question_tokens(processor, question, name="question"):
+    """The token ids of a text, a list of int; `name` is what a `ValueError` calls it."""
     if not isinstance(question, str):
-        raise ValueError(f"question is a {type(question).__name__}: pass a str")
+        raise ValueError(f"{name} is a {type(question).__name__}: pass a str")
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        half = question[error.start]
+        raise ValueError(f"{name} has {half!r}, half of a character, at {error.start}: pass whole characters") from None
     tokens = processor.tokenizer(question).input_ids
     if len(tokens) <= processor.tokenizer.num_special_tokens_to_add():
-        raise ValueError(f"question {question!r} is empty: ask something")
+        raise ValueError(f"{name} {question!r} is empty: ask something")
     return tokens
 
 
-def pixel_values_of(processor, image):
-    if not is_valid_image(image):
-        raise ValueError(f"image is a {type(image).__name__}: pass a picture, such as PIL.Image.open(path)")
-    try:
-        pixel_values = processor.image_processor(image, return_tensors="pt").pixel_values
-    except Exception as error:
-        raise ValueError(f"image cannot be read as a picture: {error}") from error
-    if len(pixel_values) != 1:
-        raise ValueError(f"image holds {len(pixel_values)} pictures: pass a list with one a question")
-    return pixel_values
+def pad_question(input_ids, attention_mask, question_length, pad_token_id=0, positions=None):
+    """Pad to the traced length: int64 [questions, q] -> input_ids and attention_mask int64 [questions, Q].
+
+    What is padded already, on either side, is moved to the left and padded again: positions are those of the unpadded
+    question. `positions` are those that the checkpoint has.
+
+    Raises
+    ------
+    ValueError
+        If a question is longer than Q, has no token at all, or a masked one between others; nothing is cut off.
+    """
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    check_tokens(input_ids, attention_mask)
+    attention_mask = (attention_mask != 0).long()
+    tokens = attention_mask.sum(dim=1)
+    if not tokens.all() or not len(tokens) or not input_ids.shape[1]:
+        raise ValueError("a question is empty (its attention_mask has no 1): ask something")
+    start = attention_mask.argmax(dim=1)
+    if (attention_mask.cumsum(dim=1).argmax(dim=1) + 1 - start > tokens).any():
+        raise ValueError("an attention_mask has a 0 between two 1s: leave the token out, a mask is for padding")
+    longest = int(tokens.max())
+    if longest > question_length:
+        advice = "shorten it" if positions and longest > positions else f"trace it with question_length >= {longest}"
+        raise ValueError(f"question has {longest} tokens; this model was traced for {question_length}: {advice}")
+    columns = torch.arange(question_length)
+    mask = columns < tokens[:, None]
+    moved = input_ids.gather(1, (start[:, None] + columns).clamp(max=input_ids.shape[1] - 1))
+    return moved.where(mask, pad_token_id), mask.long()

@@ -1,6 +1,7 @@
 """Notebook 04: the assembled model answers what Hugging Face answers, eager, one unpadded question at a time."""
 
 import io
+import warnings
 from contextlib import contextmanager
 
 import numpy as np
@@ -29,6 +30,7 @@ from blip_helpers import (
     PaddedDecoder,
     infer,
     parts_to_trace,
+    trace,
     verify,
 )
 
@@ -229,7 +231,9 @@ def test_a_limit_up_to_the_traced_one_equals_eager(compiled, tiny, limit):
 def test_a_limit_above_the_traced_one_is_a_value_error(compiled, limit):
     config = limit.get("generation_config")
     new = limit.get("max_new_tokens") or getattr(config, "max_new_tokens", None) or A
-    with pytest.raises(ValueError, match=f"{new} new tokens.*traced for {A - 1}.*answer_length >= {new + 1}"):
+    # The tiny model has 32 positions: no trace could be longer.
+    remedy = f", or trace it with answer_length >= {new + 1}" if new < 32 else f"max_new_tokens <= {A - 1}$"
+    with pytest.raises(ValueError, match=f"{new} new tokens.*traced for {A - 1}.*{remedy}"):
         compiled.generate(make_questions([6])[0], make_pixels(1), **limit)
 
 
@@ -367,16 +371,62 @@ def test_an_argument_that_nobody_knows_is_a_value_error(compiled):
         compiled.generate(make_questions([4])[0], make_pixels(1), max_tokens=3)
 
 
-@pytest.mark.parametrize("length", [1, 4, 7])
-def test_a_question_padded_on_the_left_is_refused_or_answered_as_if_it_were_not(compiled, tiny, length):
-    (question,), pixels = make_questions([length]), make_pixels(1)
-    padding = (Q - length, 0)
-    ids, mask = nn.functional.pad(question, padding), nn.functional.pad(torch.ones_like(question), padding)
-    try:
-        actual = compiled.generate(ids, pixels, mask)
-    except ValueError:
-        return
-    assert cut(actual) == cut(answer_eagerly(tiny, [question], pixels, **LIMIT))
+@given(st.data())
+def test_padding_on_either_side_changes_no_answer(compiled, tiny, data):
+    lengths = data.draw(st.lists(st.integers(1, Q), min_size=1, max_size=R))
+    questions, pixels = make_questions(lengths, seed=1), make_pixels(len(lengths))
+    width = max(lengths) + data.draw(st.integers(0, 40))
+    rows = []
+    for question in questions:
+        left = data.draw(st.integers(0, width - question.shape[1]))
+        padding = (left, width - question.shape[1] - left)
+        rows.append([nn.functional.pad(t, padding) for t in (question, torch.ones_like(question))])
+    ids, mask = (torch.cat(part) for part in zip(*rows, strict=True))
+    assert cut(compiled.generate(ids, pixels, mask)) == cut(answer_eagerly(tiny, questions, pixels, **LIMIT))
+
+
+def test_a_mask_inside_a_question_is_a_value_error(compiled):
+    ids, mask = pad(make_questions([6, 4]))
+    mask[0, 2] = 0
+    with refused("0 between two 1s"):
+        compiled.generate(ids, make_pixels(2), mask)
+
+
+@pytest.mark.parametrize("question", ["what \ud83d", "\udfff", "is this \ud800\ud800 ?"], ids=ascii)
+@pytest.mark.parametrize("which", ["assembled", "tiny"])
+def test_half_a_character_is_a_value_error(request, processor, question, which):
+    with refused("half of a character"):
+        infer(request.getfixturevalue(which), processor, question, noise(), **LIMIT)
+
+
+@pytest.mark.parametrize("whole", [np.int64, np.int32, torch.tensor], ids=["int64", "int32", "tensor"])
+def test_a_whole_number_may_be_anybodys(compiled, tiny, whole):
+    settings = {"max_new_tokens": whole(5), "num_beams": whole(2), "num_return_sequences": whole(1)}
+    assert_answers(compiled, tiny, make_questions([4, 7]), make_pixels(2), **settings)
+    shapes = BlipShapes(whole(3), whole(2), (whole(4), whole(9)), answer_length=whole(8))
+    assert shapes == BlipShapes(3, 2, (4, 9), answer_length=8)
+    assert all(type(n) is int for n in (shapes.batch_size, shapes.answer_length, *shapes.question_length))
+
+
+@pytest.mark.parametrize(
+    "number", [2.0, "2", True, np.bool_(True), torch.tensor(True), torch.tensor([2]), np.array([2])]
+)
+def test_what_is_no_whole_number_is_a_value_error(compiled, number):
+    with refused("num_beams is .*: give a whole number"):
+        compiled.generate(make_questions([4])[0], make_pixels(1), num_beams=number)
+    with refused("batch_size is .*: give a whole number"):
+        BlipShapes(batch_size=number)
+
+
+def test_a_default_device_changes_no_answer(compiled):
+    (question,), pixels = make_questions([6]), make_pixels(1)
+    expected = compiled.generate(question, pixels)
+    with torch.device("meta"):
+        assert torch.equal(compiled.generate(question, pixels), expected)
+        image = compiled.encode_image(pixels)
+    assert torch.equal(compiled.generate(question, image=image), expected)
+    with refused("input_ids is on meta"):
+        compiled.generate(question.to("meta"), pixels)
 
 
 def test_the_assembled_model_is_in_eval_mode(compiled):
@@ -552,7 +602,8 @@ def test_an_empty_question_is_a_value_error(compiled, processor, question):
 @pytest.mark.parametrize("words", [Q - 1, 31, 400])
 def test_a_question_above_the_traced_length_is_a_value_error(compiled, processor, words):
     question = " ".join(["what"] * words)
-    with refused(f"question has {words + 2} tokens; this model was traced for {Q}: .*question_length >= {words + 2}"):
+    remedy = f"question_length >= {words + 2}" if words + 2 <= 32 else "shorten it$"
+    with refused(f"question has {words + 2} tokens; this model was traced for {Q}: .*{remedy}"):
         infer(compiled, processor, question, noise())
     with refused(f"{words + 2} tokens"):
         infer(compiled, processor, [*QUESTIONS[:8], question], noise())
@@ -627,6 +678,55 @@ def test_verify_compares_beams_too(compiled, tiny, processor):
     assert all(v.actual == v.expected for v in checked)
     texts = [processor.decode(v.actual, skip_special_tokens=True) for v in checked]
     assert texts == [ask_eagerly(tiny, processor, a.question, a.image, num_beams=2) for a in asked]
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"num_return_sequences": 3}], ids=str)
+def test_verify_draws_the_same_random_numbers(compiled, tiny, processor, settings):
+    settings = {"do_sample": True, "temperature": 3.0, **settings}
+    torch.manual_seed(1)
+    checked = list(verify(compiled, tiny, processor, ASKED, **settings))
+    left = torch.get_rng_state()
+    assert all(v.actual == v.expected and v.difference < 1e-4 for v in checked)
+    torch.manual_seed(1)
+    for v in checked:
+        inputs = processor(images=v.example.image, text=v.example.question, return_tensors="pt")
+        answers = tiny.generate(**inputs, **LIMIT, **settings)
+        assert cut(answers) == (v.expected if "num_return_sequences" in settings else [v.expected])
+    assert torch.equal(torch.get_rng_state(), left)
+    other = list(verify(compiled, tiny, processor, ASKED, **settings))
+    assert [v.expected for v in other] != [v.expected for v in checked]
+
+
+def test_verify_takes_what_infer_takes(compiled, tiny, processor, monkeypatch):
+    monkeypatch.setattr(processor.tokenizer, "padding_side", "left")
+    checked = list(verify(compiled, tiny, processor, ASKED, max_length=4))
+    assert all(v.actual == v.expected and len(v.actual) <= 4 for v in checked)
+    with refused("is empty"):
+        list(verify(compiled, tiny, processor, [Asked(" ", 0)]))
+
+
+def test_verify_says_which_answers_the_trace_cut(compiled, tiny, processor):
+    asked = [Asked(question, seed) for seed in range(2) for question in QUESTIONS[:6]]
+    for settings in ({}, {"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}):
+        for v in verify(compiled, tiny, processor, asked, **settings):
+            answers = v.actual if "num_return_sequences" in settings else [v.actual]
+            assert v.cut == any(len(a) == A and WORDS.index("[SEP]") not in a for a in answers)
+        assert len({v.cut for v in verify(compiled, tiny, processor, asked, **settings)}) == 2
+    assert not any(v.cut for v in verify(compiled, tiny, processor, asked, max_new_tokens=A - 1))
+    assert not any(
+        v.cut for v in verify(compiled, tiny, processor, asked, generation_config=GenerationConfig(max_length=A))
+    )
+
+
+def test_infer_warns_once_of_an_answer_that_the_trace_cut(tiny, processor, tmp_path):
+    model = trace(tiny, tmp_path, BlipShapes(question_length=Q, answer_length=3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        infer(model, processor, QUESTIONS, noise(), max_new_tokens=2)
+    with pytest.warns(UserWarning, match=r"cut after 2 new tokens.*answer_length >= 4") as caught:
+        infer(model, processor, QUESTIONS, noise())
+        infer(model, processor, QUESTIONS, noise())
+    assert [w.filename for w in caught if "cut after" in str(w.message)] == [__file__]
 
 
 def test_verify_sees_another_model(compiled, processor):

@@ -1,5 +1,9 @@
 """Notebook 05: a decoder with a cache, encoded images, every way to generate, several question lengths, rounding."""
 
+import copy
+import inspect
+import io
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -17,18 +21,34 @@ from conftest import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import BlipConfig, BlipForQuestionAnswering, GenerationConfig, StoppingCriteria, TextStreamer
+from torch import nn
+from transformers import (
+    BlipConfig,
+    BlipForQuestionAnswering,
+    CompileConfig,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
+    TextStreamer,
+    WatermarkingConfig,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from blip_helpers import (
+    MODELS,
     BlipShapes,
     CachedDecoder,
     ImitatedAutoCast,
     NeuronBlipForQuestionAnswering,
+    VisionModelWrapper,
     acting_question_mask,
     check_close,
     count_cost,
     infer,
+    load_blip,
     load_replicas,
     neuron_compiler_args,
     parts_to_trace,
@@ -38,6 +58,7 @@ from blip_helpers import (
     trace_module,
 )
 from models.make_base import make_model
+from models.scenes import examples
 
 SEP = WORDS.index("[SEP]")
 LIMIT = {"max_new_tokens": TINY_SHAPES.answer_length - 1}
@@ -327,6 +348,232 @@ def test_settings_that_make_no_sense_are_value_errors(compiled, settings, messag
     image = compiled.encode_image(make_pixels(1))
     with refused(message):
         compiled.generate(*make_questions([4]), image=image, **settings)
+
+
+# Every argument of generate(): one that equals eager or is refused
+
+TOKENIZER = load_blip(MODELS / "tiny-blip-vqa")[1].tokenizer
+EQUAL = {
+    **{name: [4] for name in ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "top_k")},
+    **{name: [0.3] for name in ("top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "temperature")},
+    **{name: [1.5] for name in ("repetition_penalty", "encoder_repetition_penalty", "length_penalty")},
+    **{name: [2] for name in ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size")},
+    **{name: [True, False] for name in ("do_sample", "use_cache", "renormalize_logits", "remove_invalid_values")},
+    **{name: [True, False] for name in ("output_scores", "output_logits", "return_dict_in_generate", "low_memory")},
+    **{name: [5] for name in ("forced_bos_token_id", "forced_eos_token_id", "bos_token_id", "decoder_start_token_id")},
+    **{name: [[5, 13]] for name in ("suppress_tokens", "begin_suppress_tokens")},
+    **{name: [3] for name in ("num_assistant_tokens", "max_matching_ngram_size")},
+    **{name: [3] for name in ("assistant_lookbehind", "target_lookbehind")},
+    "assistant_confidence_threshold": [0.4],
+    "assistant_ensemble_weight": [0.5],
+    "num_assistant_tokens_schedule": ["constant"],
+    "speculation_type": ["x"],
+    "early_stopping": [True, "never"],
+    "max_time": [100.0],
+    "num_beams": [1, 2],
+    "num_return_sequences": [1],
+    "bad_words_ids": [[[13]]],
+    "exponential_decay_length_penalty": [(2, 1.5)],
+    "sequence_bias": [{(13,): -10.0}],
+    "watermarking_config": [WatermarkingConfig()],
+    "compile_config": [CompileConfig()],
+    "disable_compile": [True],
+    "logits_processor": [LogitsProcessorList([SuppressTokensLogitsProcessor([13])])],
+    "stopping_criteria": [StoppingCriteriaList([StopAfterThree()])],
+    "prefix_allowed_tokens_fn": [lambda batch, ids: [5, 6, 7, 13, 24, 39]],
+    "generation_config": [GenerationConfig(max_new_tokens=4), GenerationConfig(num_beams=2, max_new_tokens=5)],
+    "streamer": [None],
+    "tokenizer": [TOKENIZER],
+    "trust_remote_code": [None],
+}
+REFUSED = {
+    "assistant_early_exit": [1],
+    "assistant_model": [make_tiny_blip()],
+    "cache_config": [{"nbits": 4}],
+    "cache_implementation": ["static", "dynamic", "quantized", "offloaded", "paged"],
+    "constraints": [[1]],
+    "continuous_batching_config": [{"page_size": 8}],
+    "custom_generate": ["somebody/something", lambda *args, **kwargs: 0],
+    "diversity_penalty": [0.5],
+    "dola_layers": ["low"],
+    "encoder_attention_mask": [torch.ones(1, 2)],
+    "encoder_hidden_states": [torch.zeros(1, 2, 32)],
+    "eos_token_id": [3, [3, 5], None],
+    "force_words_ids": [[[5]]],
+    "generation_config": ["greedy", {"num_beams": 2}],
+    "guidance_scale": [1.5],
+    "inputs": [torch.tensor([[48]])],
+    "is_assistant": [True],
+    "max_cache_len": [5],
+    "negative_prompt_attention_mask": [torch.ones(1, 1)],
+    "negative_prompt_ids": [torch.tensor([[5]])],
+    "nonsense": [1],
+    "num_beam_groups": [2],
+    "num_return_sequences": [0],
+    "output_attentions": [True],
+    "output_hidden_states": [True],
+    "pad_token_id": [0, 5, None],
+    "penalty_alpha": [0.5],
+    "position_ids": [torch.tensor([[0]])],
+    "prefill_chunk_size": [2],
+    "prompt_lookup_num_tokens": [2],
+    "stop_strings": ["red", ["yes"]],  # without a tokenizer
+    "synced_gpus": [True],
+    "token_healing": [True],
+    "use_mtp": [True],
+}
+
+
+def test_no_argument_of_generate_is_forgotten():
+    own = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - {"transformers_version"}
+    method = set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "kwargs"}
+    assert own | method <= EQUAL.keys() | REFUSED.keys()
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_an_argument_of_generate_equals_eager_or_is_a_value_error(compiled, greedy, tiny, name):
+    questions, pixels = make_questions([6, 8], seed=23), make_pixels(2, seed=23)
+    limit = {} if name in ("max_length", "max_new_tokens", "generation_config") else LIMIT
+    for value in EQUAL[name]:
+        for question, image in zip(questions, pixels, strict=True):
+            answers = []
+            for model, settings in ((tiny, limit), (compiled, {}), (greedy, {})):
+                torch.manual_seed(6)
+                try:
+                    answer = model.generate(question, image[None], **settings, **{name: value})
+                except ValueError as error:
+                    assert model is greedy and "greedy=False" in str(error) and "\n" not in str(error)
+                    continue
+                answers.append(getattr(answer, "sequences", answer).tolist())
+            assert len(answers) >= 2 and answers == answers[:1] * len(answers)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_argument_of_generate_that_no_graph_can_do_is_a_value_error(compiled, greedy, name, monkeypatch):
+    if name not in ("nonsense", "stop_strings"):  # transformers refuses these
+        monkeypatch.setattr(VisionModelWrapper, "forward", lambda *args: pytest.fail("began to answer"))
+    for value in REFUSED[name]:
+        for model in (compiled, greedy):
+            with refused(name if name != "stop_strings" else "tokenizer") as error:
+                model.generate(*make_questions([4]), make_pixels(1), **{name: value})
+            assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_stops_every_decoder_at_a_string(tmp_path):
+    model, processor = load_blip(MODELS / "tiny-blip-vqa")
+    (example,) = (e for e in examples("held-out", 8) if e.kind == "describe")
+    inputs = processor(images=example.image, text=example.question, return_tensors="pt")
+    settings = {"stop_strings": [" and", "a "], "tokenizer": processor.tokenizer}
+    expected = model.generate(**inputs, max_new_tokens=23, **settings)
+    assert expected.shape[1] < model.generate(**inputs, max_new_tokens=23).shape[1]
+    for how in ({"decoder": "padded"}, {}, {"greedy": True}):
+        compiled = trace(model, tmp_path / str(how), BlipShapes(), **how)
+        assert torch.equal(compiled.generate(**inputs, **settings), expected)
+
+
+def test_a_streamer_hears_one_answer_at_a_time(compiled, greedy, processor, tiny):
+    from PIL import Image
+
+    picture, texts = Image.new("RGB", (40, 30), "red"), ["what is this ?", "where", "a b c"]
+    expected = Recorder()
+    infer(tiny, processor, texts, picture, streamer=expected, **LIMIT)
+    for model in (compiled, greedy):
+        recorder = Recorder()
+        infer(model, processor, texts, picture, streamer=recorder)
+        assert recorder.heard == expected.heard
+        with refused("a streamer hears one answer at a time, not 2"):
+            model.generate(pad(make_questions([4, 6]))[0], make_pixels(1), streamer=recorder)
+
+
+# What else may be done with a model
+
+
+KEPT = {
+    "to cpu": lambda model: model.to("cpu"),
+    "to float32": lambda model: model.to(torch.float32),
+    "to device": lambda model: model.to(device=torch.device("cpu"), dtype=torch.float32),
+    "cpu": lambda model: model.cpu(),
+    "float": lambda model: model.float(),
+    "eval": lambda model: model.eval(),
+    "train off": lambda model: model.train(False),
+}
+NEVER = {
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "pickle": pickle.dumps,
+    "torch.save": lambda model: torch.save(model, io.BytesIO()),
+    "save_pretrained": lambda model: model.save_pretrained("nowhere"),
+    "push_to_hub": lambda model: model.push_to_hub("nobody/nothing"),
+    "half": lambda model: model.half(),
+    "bfloat16": lambda model: model.bfloat16(),
+    "double": lambda model: model.double(),
+    "to float16": lambda model: model.to(torch.float16),
+    "to meta": lambda model: model.to("meta"),
+    "cuda": lambda model: model.cuda(),
+    "to cuda": lambda model: model.to("cuda:0"),
+    "train": lambda model: model.train(),
+    "resize_token_embeddings": lambda model: model.resize_token_embeddings(60),
+    "state_dict": lambda model: model.state_dict(),
+    "load_state_dict": lambda model: model.load_state_dict(make_tiny_blip().state_dict()),
+}
+
+
+@pytest.mark.parametrize("what", [*KEPT, *NEVER])
+def test_a_compiled_model_stays_what_it_is(compiled, greedy, what):
+    for model in (compiled, greedy):
+        asked = make_questions([6])[0], make_pixels(1)
+        expected = model.generate(*asked)
+        if what in KEPT:
+            assert KEPT[what](model) is model
+        else:
+            for part in (model, model.text_decoder):
+                with refused(r"(from_pretrained|the original)") as error:
+                    NEVER[what](part)
+                assert "\n" not in str(error.value)
+        assert torch.equal(model.generate(*asked), expected) and not model.training
+
+
+def quantised():
+    return torch.ao.quantization.quantize_dynamic(make_tiny_blip(), {nn.Linear}, dtype=torch.qint8)
+
+
+def with_tokens(**tokens):
+    model = make_tiny_blip()
+    for name, token in tokens.items():
+        setattr(model.config.text_config, name, token)
+    return model
+
+
+NOT_TRACED = {
+    "quantised": (quantised, "is quantised; float32"),
+    "half": (lambda: make_tiny_blip().half(), "float16; float32"),
+    "on meta": (lambda: make_tiny_blip().to("meta"), "is meta; it is traced on the CPU"),
+    "no pad token": (lambda: with_tokens(pad_token_id=None), "pad_token_id of the text_config is None"),
+    "pad token outside": (lambda: with_tokens(pad_token_id=50), "pad_token_id of the text_config is 50; .* 0 to 49"),
+    "negative pad token": (lambda: with_tokens(pad_token_id=-1), "pad_token_id of the text_config is -1"),
+    "no sep token": (lambda: with_tokens(sep_token_id=None), "sep_token_id of the text_config is None"),
+    "sep token outside": (lambda: with_tokens(sep_token_id=102), "sep_token_id of the text_config is 102"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_TRACED)
+def test_a_model_that_cannot_be_traced_is_a_value_error(tmp_path, kind):
+    make, message = NOT_TRACED[kind]
+    with refused(message):
+        trace(make(), tmp_path / "new", TINY_SHAPES)
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_default_device_is_a_value_error(tiny, tmp_path):
+    with torch.device("meta"), refused("default device is meta"):
+        trace(tiny, tmp_path / "new", TINY_SHAPES)
+
+
+def test_an_end_token_that_nobody_reads_does_no_harm(tmp_path):
+    model = with_tokens(eos_token_id=102)
+    questions, pixels = make_questions([6]), make_pixels(1)
+    answer = trace(model, tmp_path, TINY_SHAPES).generate(questions[0], pixels)
+    assert answer.tolist() == answer_eagerly(model, questions, pixels, **LIMIT)
 
 
 def test_infer_gives_texts(compiled, processor):

@@ -11,6 +11,7 @@ from conftest import TESTS, make_processor, make_tiny_blip
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ImageChops
+from safetensors.torch import save_file
 
 from blip_helpers import BlipShapes, acting_question_mask, infer, load_blip, load_resnet, trace, verify
 from models.scenes import COLOURS, KINDS, LABELS, PLACES, SIZE, SPLITS, examples, scene, shape_examples
@@ -279,6 +280,106 @@ def test_a_half_precision_checkpoint_is_loaded_in_fp32(tmp_path):
     make_tiny_blip().half().save_pretrained(tmp_path)
     make_processor().save_pretrained(tmp_path)
     assert {p.dtype for p in load_blip(tmp_path)[0].parameters()} == {torch.float32}
+
+
+# Checkpoints whose weights are not all there, or not those of the model
+
+EMBEDDING = "text_decoder.bert.embeddings.word_embeddings.weight"
+HEAD = "text_decoder.cls.predictions.decoder.weight"
+
+
+def without(weights, *names):
+    return {name: weight for name, weight in weights.items() if name not in names}
+
+
+WRONG_WEIGHTS = {
+    "a prefix": (lambda w: {f"module.{name}": weight for name, weight in w.items()}, r"lacks \d+ .*module\."),
+    "a compiled module": (lambda w: {f"_orig_mod.{n}": t for n, t in w.items()}, r"lacks \d+ .*_orig_mod\."),
+    "none": (lambda w: {}, r"lacks \d+ |cannot be read"),
+    "one missing": (
+        lambda w: without(w, "vision_model.post_layernorm.bias"),
+        r"lacks 1 .*\(vision_model.post_layernorm.bias\)",
+    ),
+    "embedding and head missing": (lambda w: without(w, EMBEDDING, HEAD), "lacks .*word_embeddings"),
+    "a head more": (lambda w: w | {"itm_head.weight": torch.zeros(2, 32)}, r"has 1 others? .*\(itm_head.weight\)"),
+    "another size": (
+        lambda w: w | {"vision_model.post_layernorm.bias": torch.zeros(31)},
+        r"vision_model.post_layernorm.bias is \[31\], .*\[32\]",
+    ),
+    "a vocabulary more": (
+        lambda w: w | {"text_encoder.embeddings.word_embeddings.weight": torch.zeros(60, 32)},
+        r"text_encoder.embeddings.word_embeddings.weight is \[60, 32\]",
+    ),
+}
+
+
+def save_weights(directory, weights, kind):
+    """A checkpoint of the tiny model with these weights in place of its own."""
+    make_tiny_blip().save_pretrained(directory)
+    make_processor().save_pretrained(directory)
+    (directory / "model.safetensors").unlink()
+    if kind == "bin":
+        torch.save(weights, directory / "pytorch_model.bin")
+    elif kind == "safetensors":
+        save_file({n: w.clone() for n, w in weights.items()}, directory / "model.safetensors", {"format": "pt"})
+    else:
+        names = sorted(weights)
+        shards = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+        for file, some in shards.items():
+            save_file({name: weights[name].clone() for name in some}, directory / file, {"format": "pt"})
+        index = {"metadata": {}, "weight_map": {name: file for file, some in shards.items() for name in some}}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "shards"])
+@pytest.mark.parametrize("wrong", WRONG_WEIGHTS)
+def test_a_checkpoint_without_its_weights_is_a_value_error(tmp_path, wrong, kind, capfd):
+    change, message = WRONG_WEIGHTS[wrong]
+    save_weights(tmp_path, change(make_tiny_blip().state_dict()), kind)
+    capfd.readouterr()
+    with pytest.raises(ValueError, match=message) as refused:
+        load_blip(tmp_path)
+    assert "save_pretrained" in str(refused.value) and "\n" not in str(refused.value)
+    assert str(refused.value).count(",") < 12 and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "shards"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: w,
+        lambda w: without(w, HEAD, "text_decoder.cls.predictions.decoder.bias"),  # tied
+        lambda w: without(w, EMBEDDING),  # tied, the other way round
+        lambda w: w | {"text_encoder.embeddings.position_ids": torch.arange(32)[None]},  # as old checkpoints have
+        lambda w: {name: weight.half() for name, weight in w.items()},
+    ],
+)
+def test_a_checkpoint_with_all_its_weights_is_loaded(tmp_path, tiny, change, kind):
+    save_weights(tmp_path, change(tiny.state_dict()), kind)
+    model, _ = load_blip(tmp_path)
+    for name, weight in tiny.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], weight, atol=5e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("content", [b"", b"{}", b"junk" * 100], ids=["empty", "short", "other"])
+def test_weights_that_cannot_be_read_are_a_value_error(tmp_path, name, content):
+    save_weights(tmp_path, {}, "bin")
+    (tmp_path / "pytorch_model.bin").unlink()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"weights of .* cannot be read"):
+        load_blip(tmp_path)
+
+
+def test_a_resnet_without_its_counters_is_loaded_and_without_a_weight_refused(tmp_path):
+    model, image_processor = load_resnet(MODELS / "tiny-resnet")
+    weights = model.state_dict()
+    model.save_pretrained(tmp_path, state_dict={n: w for n, w in weights.items() if "num_batches" not in n})
+    image_processor.save_pretrained(tmp_path)
+    assert torch.equal(load_resnet(tmp_path)[0].classifier[1].bias, weights["classifier.1.bias"])
+    model.save_pretrained(tmp_path, state_dict=without(weights, "classifier.1.bias"))
+    with pytest.raises(ValueError, match=r"lacks 1 .*\(classifier.1.bias\)"):
+        load_resnet(tmp_path)
 
 
 def test_a_model_loaded_in_inference_mode_works_outside(other_checkpoint):
