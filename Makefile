@@ -19,7 +19,7 @@ series: $(INSTALLED) ## run the notebooks in order, check every answer, leave th
 	@$(VENV_PYTHON) run_series.py
 
 test: $(INSTALLED) ## run every test, the notebooks' stored outputs included
-	@$(VENV_PYTHON) -m pytest
+	@$(VENV_PYTHON) -m pytest -n 2 --dist loadfile
 
 lab: $(INSTALLED) ## open the notebooks in JupyterLab
 	@$(VENV_PYTHON) -m jupyterlab notebooks

@@ -63,7 +63,9 @@ def refused(call, *inputs, sentence=0):
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         line = lines[-1] if isinstance(error, torch.jit.Error) else lines[0]
-        print(f"{type(error).__name__}: {line.split('. ')[sentence]}")
+        # Wrapped here, since a narrow page would break a long line inside a word.
+        text = f"{type(error).__name__}: {line.split('. ')[sentence]}"
+        print(textwrap.fill(text, 100, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False))
     else:
         raise AssertionError("nothing was refused")
 

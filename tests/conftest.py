@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -211,3 +212,13 @@ class Counter(nn.Module):
 
     def forward(self, x):
         return self.total * 2, self.total + x
+
+
+SOLUTION = re.compile(r"<details>\s*<summary>Solution.*?</summary>(.*?)</details>", re.DOTALL)
+CODE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def solutions(notebook):
+    """The code of each folded solution in a notebook."""
+    folded = [part for cell in notebook.cells if cell.cell_type == "markdown" for part in SOLUTION.findall(cell.source)]
+    return [code for part in folded for code in CODE.findall(part)]

@@ -1,11 +1,17 @@
-"""The notebooks on Neuron's path, as far as a machine without Neuron can tell: through the double of torch_neuronx."""
+"""The notebooks on Neuron's path, as far as a machine without Neuron can tell: through the double of torch_neuronx.
+
+Behind its cells each runs the solutions of its exercises.
+"""
 
 import json
 import shutil
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from conftest import solutions
+from nbformat.v4 import new_code_cell
 
 ROOT = Path(__file__).resolve().parents[1]
 DOUBLE = ROOT / "tests" / "double"
@@ -32,7 +38,10 @@ def run(monkeypatch, tmp_path):
 
     def run_copy(path):
         (tmp_path / "notebooks").mkdir()
-        copied = Path(shutil.copy(path, tmp_path / "notebooks"))
+        copied = tmp_path / "notebooks" / path.name
+        notebook = nbformat.read(path, as_version=4)
+        notebook.cells += [new_code_cell(code) for code in solutions(notebook)]
+        nbformat.write(notebook, copied)
         for figures in path.parent.glob("figures*.py"):
             shutil.copy(figures, copied.parent)
         notebook, _ = run_series.run(copied)

@@ -1,5 +1,7 @@
-"""The runner of the notebooks."""
+"""The runner of the notebooks, and what they have to teach."""
 
+import ast
+import re
 import sys
 from pathlib import Path
 
@@ -43,3 +45,11 @@ def test_a_cell_that_fails_ends_it_and_the_page_shows_what_came_before(series, t
     page = (tmp_path / "build" / "some.html").read_text()
     assert "42" in page and "AssertionError" in page and "<pre>81" not in page
     assert path.read_bytes() == before
+
+
+def test_a_notebook_shows_or_explains_every_class_and_function_of_the_helper():
+    cells = [cell for path in (ROOT / "notebooks").glob("*.ipynb") for cell in nbformat.read(path, as_version=4).cells]
+    text = "\n".join(cell.source for cell in cells)
+    helper = ast.parse((ROOT / "blip_helpers.py").read_text())
+    defined = [node.name for node in helper.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    assert defined and [name for name in defined if not re.search(rf"\b{name}\b", text)] == []
