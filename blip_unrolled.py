@@ -67,6 +67,7 @@ class UnrolledAnswer(nn.Module):
             if earlier:
                 kept = [torch.cat(pair, dim=2) for pair in zip(earlier, kept, strict=True)]
             longer.append(kept)
+            # No mask: there are no keys but those of this token and the ones before.
             hidden = layer.attention.output(attend(attention, hidden, *kept, 0.0), hidden)
             hidden = across.output(attend(across.self, hidden, *asked, question_mask), hidden)
             hidden = layer.feed_forward_chunk(hidden)
