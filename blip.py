@@ -47,7 +47,8 @@ def parts_of(arguments, shapes, decoders):
     if kind != "blip":
         raise ValueError(f"{source} is a {kind}; this series compiles blip and resnet")
     model, _ = load_blip(arguments)
-    return bh.parts_of_every_decoder(model, shapes, decoders), model.config.text_config.vocab_size
+    parts = bh.each_graph_once({decoder: bh.parts_to_trace(model, shapes, decoder) for decoder in decoders})
+    return parts, model.config.text_config.vocab_size
 
 
 def load_blip(arguments):
@@ -160,9 +161,7 @@ def read_arguments(arguments=None):
         "check", help="lower every graph and look for what fails on Inf2; exit status 1 on a finding"
     )
     one.add_argument("model", nargs="?", help=help_model + "; a ResNet is checked as well")
-    one.add_argument(
-        "--decoders", nargs="+", default=["padded", "cached", "greedy"], choices=["padded", "cached", "greedy"]
-    )
+    one.add_argument("--decoders", nargs="+", default=[*bh.DECODERS], choices=[*bh.DECODERS])
     two = commands.add_parser("compile", help="with AWS's packages, without a device: make an artifact for Inf2")
     two.add_argument("directory", help="where to, such as build/blip-inf2")
     two.add_argument("--model", help=help_model)

@@ -25,6 +25,22 @@ class Verified:
     difference: float
     cut: bool = False
 
+    @property
+    def answers(self):
+        """What the compiled model answered: always a list of lists."""
+        return self.actual if isinstance(self.actual[0], list) else [self.actual]
+
+
+def compare_answers(example, expected, actual, logits, sep_token_id):
+    """A `Verified` of one question.
+
+    `expected` is what ``generate()`` returned for it alone, with logits; `actual` int64 [returned sequences, tokens] of
+    the compiled model, and `logits` a tensor [rows, V] a step.
+    """
+    difference = worst_difference(expected.logits, logits, expected.sequences[0], actual[0])
+    both = [[trim(token_ids, sep_token_id) for token_ids in answers] for answers in (expected.sequences, actual)]
+    return Verified(example, *(answers if len(answers) > 1 else answers[0] for answers in both), difference)
+
 
 def worst_difference(expected, actual, theirs, ours):
     """Of logits, a tensor [rows, V] a step, up to the first token that differs."""

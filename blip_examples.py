@@ -38,6 +38,18 @@ def example_inputs(model, shapes):
     return examples
 
 
+def each_graph_once(parts_of):
+    """The parts of several decoders, ``{decoder: parts_to_trace(...)}``, in one dict: each graph once, under its name
+    behind that of the first decoder that has it."""
+    parts, kinds = {}, set()
+    for decoder, parts_of_one in parts_of.items():
+        for name, (module, inputs) in parts_of_one.items():
+            if (name, type(module)) not in kinds:
+                parts[name if name == "vision_model" else f"{decoder} {name}"] = module, inputs
+            kinds.add((name, type(module)))
+    return parts
+
+
 def check_parts(parts, vocab_size):
     """Check each of `parts` (see `parts_to_trace`) on examples in which every value differs: yields name, `Checked`.
 

@@ -7,7 +7,7 @@ start token counts), T the number of image tokens, D the hidden size and V the v
 
 import contextlib
 import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import NamedTuple
 
 import torch
@@ -20,10 +20,10 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithCrossAttentions
 from transformers.models.blip.modeling_blip_text import BlipTextLayer
 
-from blip_answers import Verified, trim, worst_difference
+from blip_answers import Verified, compare_answers, trim  # noqa: F401
 from blip_checkpoints import MODELS, load_blip, load_config, load_resnet, question_count, uses_bundled_models  # noqa: F401
 from blip_decoding import OnTheHost, TakesTurns, greedy_loop, on_the_host
-from blip_examples import check_parts, example_inputs  # noqa: F401 (notebook 06 checks with the former)
+from blip_examples import check_parts, each_graph_once, example_inputs  # noqa: F401 (notebook 06 checks with them)
 from blip_inputs import (
     BlipShapes,
     ChecksRequests,
@@ -377,17 +377,6 @@ def parts_to_trace(model, shapes, decoder="cached"):
     return parts | {"text_decoder": (make_decoder(model.text_decoder, shapes), examples[example])}
 
 
-def parts_of_every_decoder(model, shapes, decoders=("padded", "cached", "greedy")):
-    """As `parts_to_trace`, of several decoders: each graph once, under its name behind that of the decoder."""
-    parts, kinds = {}, set()
-    for decoder in decoders:
-        for name, (module, inputs) in parts_to_trace(model, shapes, decoder).items():
-            if (name, type(module)) not in kinds:
-                parts[name if name == "vision_model" else f"{decoder} {name}"] = module, inputs
-            kinds.add((name, type(module)))
-    return parts
-
-
 def _artifact(model, shapes, decoder, greedy):
     """The parts of a BLIP as `trace_parts` takes them, and what the manifest says of them."""
     shapes = BlipShapes() if shapes is None else shapes
@@ -501,13 +490,10 @@ def verify(compiled, model, processor, examples, **generate_kwargs):
         (together,) = requests(compiled, processor, *asked, len(batch))
         actual = compiled.generate(**together, **limited)
         for row, example in enumerate(batch):
-            theirs, ours = expected[row].sequences, actual.sequences[row * returned : (row + 1) * returned]
+            ours = actual.sequences[row * returned : (row + 1) * returned]
             logits = [step[row * each : (row + 1) * each] for step in actual.logits]
-            difference = worst_difference(expected[row].logits, logits, theirs[0], ours[0])
-            sep_token_id = compiled.config.text_config.sep_token_id
-            both = [[trim(token_ids, sep_token_id) for token_ids in answers] for answers in (theirs, ours)]
-            cut = any(compiled.was_cut(answer, generate_kwargs) for answer in both[1])
-            yield Verified(example, *(answers if returned > 1 else answers[0] for answers in both), difference, cut)
+            verified = compare_answers(example, expected[row], ours, logits, compiled.config.text_config.sep_token_id)
+            yield replace(verified, cut=any(compiled.was_cut(answer, generate_kwargs) for answer in verified.answers))
 
 
 # 05  Cache the decoder ------------------------------------------------------------

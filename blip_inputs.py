@@ -308,9 +308,9 @@ def check_model(model, shapes, decoder, greedy):
         )
     if not isinstance(shapes, BlipShapes):
         raise ValueError(f"shapes is a {type(shapes).__name__}: pass BlipShapes(...)")
+    check_weights_to_trace(model)
     if any(module.training for module in model.modules()):
         raise ValueError("the model is in training mode, a trace would keep its dropout: call model.eval() first")
-    check_weights_to_trace(model)
     last = model.config.text_config.vocab_size - 1
     for name in ("bos_token_id", "sep_token_id", "pad_token_id"):
         token = getattr(model.config.text_config, name)
@@ -323,12 +323,9 @@ def check_model(model, shapes, decoder, greedy):
 def check_weights_to_trace(model):
     """Raise a `ValueError` unless all is fp32, on the CPU and as Hugging Face made it."""
     tensors = [*model.parameters(), *model.buffers()]
-    devices = {str(tensor.device) for tensor in tensors} | {str(torch.get_default_device())}
-    if devices != {"cpu"}:
-        raise ValueError(
-            f"the model or torch's default device is {', '.join(sorted(devices - {'cpu'}))}; it is traced on the CPU: "
-            "load it there, and call torch.set_default_device('cpu')"
-        )
+    devices = {str(tensor.device) for tensor in tensors} - {"cpu"}
+    if devices:
+        raise ValueError(f"the model is on {', '.join(sorted(devices))}; it is traced on the CPU: load it there")
     quantised = [name for name, module in model.named_modules() if type(module).__module__.startswith("torch.ao.nn.")]
     # A tensor of another class, or of whole numbers, says fp32 of itself or can't be made so.
     quantised += [

@@ -184,9 +184,8 @@ def eager_notes(module, inputs, lowered, values, bound):
     """What eager says of a module whose graph agrees with it: yields a sentence each."""
     with torch.no_grad():
         outputs = module(*unflatten([tensor.clone() for tensor in flatten(inputs)[0]], flatten(inputs)[1]))
-    if not isinstance(outputs, torch.Tensor | tuple | list) or any(
-        not isinstance(value, torch.Tensor) for value in outputs
-    ):
+    flat = isinstance(outputs, tuple | list) and all(isinstance(value, torch.Tensor) for value in outputs)
+    if not isinstance(outputs, torch.Tensor) and not flat:
         names = ", ".join(name for name, _ in named_results(outputs))
         yield f"forward returns a {type(outputs).__name__}; read a trace's results by position: {names} ({NESTED})"
     if values.not_finite:

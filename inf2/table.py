@@ -32,6 +32,14 @@ def _row_of(checked, part):
     weights = sum(parameter.nbytes for parameter in lowered.parameters if parameter.kind == "weight") / 1e6
     return (
         f"{sum(lowered.operators.values()):>10,}{kinds.count('input'):>8}{kinds.count('state'):>7}"
-        f"{weights:>9.1f} MB{count_cost(*part).flops / 1e9:>9.2f}{checked.difference:>12.0e}"
+        f"{weights:>9.1f} MB{_gflop_of(part):>9}{checked.difference:>12.0e}"
         f"  {len(checked.findings) or 'none'}"
     )
+
+
+def _gflop_of(part):
+    """What a call takes, in GFLOP; a dash where an operator cannot be counted, which is no fault of the graph."""
+    try:
+        return f"{count_cost(*part).flops / 1e9:.2f}"
+    except ValueError:
+        return "-"

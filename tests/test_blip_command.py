@@ -66,6 +66,7 @@ def test_the_command_fails_on_a_finding(tmp_path, processor):
     model.config.tie_word_embeddings = False
     head = model.text_decoder.cls.predictions.decoder
     head.weight = nn.Parameter(model.text_decoder.get_input_embeddings().weight.detach().clone())
+    head.bias = nn.Parameter(head.bias.detach().clone())
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     done = inf2("check", tmp_path, "--decoders", "padded")
