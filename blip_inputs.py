@@ -364,7 +364,7 @@ def question_tokens(processor, question, name="question"):
         raise ValueError(f"{name} has {half!r}, half of a character, at {error.start}: pass whole characters") from None
     tokens = processor.tokenizer(question).input_ids
     if len(tokens) <= processor.tokenizer.num_special_tokens_to_add():
-        raise ValueError(f"{name} {question!r} is empty: ask something")
+        raise ValueError(f"{name} {question!r} is empty: {'ask something' if name == 'question' else 'leave it out'}")
     return tokens
 
 

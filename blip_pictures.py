@@ -19,7 +19,7 @@ def load_picture(image):
             raise ValueError(f"image {image!r} is no file: pass the path of one")
     if not isinstance(image, str):
         return image
-    name = image if len(image) <= 60 else f"{image[:57]}..."
+    name = image if len(image) <= 200 else f"{image[:60]}...{image[-60:]}"  # base64 is long; a path's end matters
     url = image.startswith(("http://", "https://"))
     try:
         return load_image(image, timeout=SECONDS)
@@ -75,7 +75,9 @@ def resize_image(model, processor, image_size):
     """
     patch = model.config.vision_config.patch_size
     if not isinstance(image_size, int) or isinstance(image_size, bool) or image_size < patch or image_size % patch:
-        raise ValueError(f"image_size is {image_size!r}; a patch is {patch} pixels wide: give a multiple of {patch}")
+        raise ValueError(
+            f"image_size is {image_size!r}; a patch has {patch} pixels: give an int, a multiple of {patch}"
+        )
     shared = {id(parameter): parameter for parameter in model.parameters()}
     resized, processor = copy.deepcopy(model, shared), copy.deepcopy(processor)
     embeddings = resized.vision_model.embeddings
