@@ -29,12 +29,16 @@ class BlipShapes:
         a call takes the smallest that fits; Q is the longest then.
     answer_length : int
         A, tokens of an answer with its start token: at most A - 1 new ones.
+    unrolled_steps : int
+        K, with ``decoder="unrolled"``: tokens that one call gives, ``[SEP]`` among them. A longer answer is given by
+        the cached decoder; a wasted step reads the decoder's weights for nothing.
     """
 
     batch_size: int = 1
     num_beams: int = 1
     question_length: int | tuple[int, ...] = 16
     answer_length: int = 24
+    unrolled_steps: int = 4
 
     def __post_init__(self):
         for field in fields(self):
@@ -65,8 +69,8 @@ class BlipShapes:
 
 
 class ChecksRequests(OnTheHost):
-    """The part of a compiled model that refuses what it was not traced for; of `self` it reads ``shapes``, ``config``
-    and the text decoder's generation settings."""
+    """The part of a compiled model that refuses what it was not traced for; of `self` it reads ``shapes``, ``config``,
+    ``one_call`` and the text decoder's generation settings."""
 
     warned = False
 
@@ -136,7 +140,8 @@ class ChecksRequests(OnTheHost):
 
     def check_image(self, pixel_values):
         check_dimensions("pixel_values", pixel_values, 4)
-        if pixel_values.dtype != torch.float32:
+        taken = (torch.float32,) if self.one_call is None else (torch.float32, torch.uint8)
+        if pixel_values.dtype not in taken:
             raise ValueError(f"pixel_values is {describe(pixel_values)}; the graph was traced for float32: pass that")
         return pixel_values
 
@@ -293,12 +298,10 @@ def how_many_together(model, text, generate_kwargs):
     return together
 
 
-def check_model(model, shapes, decoder, greedy):
+def check_model(model, shapes, decoder):
     """Raise a `ValueError` unless it is a model, and a kind of decoder, that can be traced."""
-    if decoder not in ("cached", "padded"):
-        raise ValueError(f"decoder is {decoder!r}; there are 'cached' and 'padded'")
-    if greedy and decoder != "cached":
-        raise ValueError("greedy=True chooses the token inside a cached decoder: pass decoder='cached' with it")
+    if decoder not in ("cached", "padded", "unrolled"):
+        raise ValueError(f"decoder is {decoder!r}; there are 'cached', 'padded' and 'unrolled'")
     if not isinstance(model, BlipForQuestionAnswering) or isinstance(model, ChecksRequests):
         raise ValueError(f"model is a {type(model).__name__}: pass a BlipForQuestionAnswering that is not compiled")
     if model.decoder_start_token_id != model.config.text_config.bos_token_id:
@@ -308,6 +311,11 @@ def check_model(model, shapes, decoder, greedy):
         )
     if not isinstance(shapes, BlipShapes):
         raise ValueError(f"shapes is a {type(shapes).__name__}: pass BlipShapes(...)")
+    if decoder == "unrolled" and shapes.unrolled_steps >= shapes.answer_length:
+        raise ValueError(
+            f"unrolled_steps is {shapes.unrolled_steps}; answer_length={shapes.answer_length} allows "
+            f"{shapes.answer_length - 1} new tokens: unroll at most as many"
+        )
     check_weights_to_trace(model)
     if any(module.training for module in model.modules()):
         raise ValueError("the model is in training mode, a trace would keep its dropout: call model.eval() first")

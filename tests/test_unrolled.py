@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from blip_helpers import (
     MODELS,
     BlipShapes,
+    PictureAnswer,
+    UnrolledAnswer,
     check_module,
     count_cost,
     example_inputs,
@@ -25,7 +27,6 @@ from blip_helpers import (
     parts_to_trace,
     trace_module,
 )
-from blip_unrolled import PictureAnswer, UnrolledAnswer
 from models.make_base import make_model
 from models.scenes import examples
 
