@@ -10,7 +10,7 @@ from transformers import BlipForQuestionAnswering, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from blip_decoding import OnTheHost
-from blip_pictures import pixel_values_of
+from blip_pictures import pixel_values_of, resized_pixels
 
 
 @dataclass(frozen=True)
@@ -244,10 +244,13 @@ SET_BY_THE_MODEL = ("encoder_attention_mask", "encoder_hidden_states", "eos_toke
 def requests(model, processor, text, image, together):
     """What `infer` is given, as inputs of ``generate()``: yields a dict for each call, of so many questions `together`.
 
-    Both models get what Hugging Face's processor makes, except that padding is on the right."""
+    Both models get what Hugging Face's processor makes, except that padding is on the right, and that a graph which
+    takes a picture's bytes gets them as they are before they are rescaled and normalised."""
     questions, images, encoded = pair_up(model, text, image)
     token_ids = [question_tokens(processor, question) for question in questions]
-    pixels = {}
+    one_call = getattr(model, "one_call", None)
+    as_bytes = one_call is not None and one_call.pixels.are_those_of(processor)
+    pixels, pixels_of = {}, resized_pixels if as_bytes else pixel_values_of
     for start in range(0, len(questions), together):
         batch = slice(start, start + together)
         padded = processor.tokenizer.pad({"input_ids": token_ids[batch]}, padding_side="right", return_tensors="pt")
@@ -259,7 +262,7 @@ def requests(model, processor, text, image, together):
         pixels = {id(picture): pixels.get(id(picture)) for picture in images[batch]}
         for picture in images[batch]:
             if pixels[id(picture)] is None:
-                pixels[id(picture)] = pixel_values_of(processor, picture)
+                pixels[id(picture)] = pixels_of(processor, picture)
         yield inputs | {"pixel_values": torch.cat([pixels[id(picture)] for picture in images[batch]])}
 
 

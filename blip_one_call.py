@@ -27,6 +27,10 @@ class Pixels:
     image_std: tuple[float, float, float] = tuple(OPENAI_CLIP_STD)
     rescale_factor: float = 1 / 255
 
+    def __post_init__(self):
+        for name in ("image_mean", "image_std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
     @classmethod
     def of(cls, processor):
         """Those of a `BlipProcessor`; a `ValueError` if its pictures are not rescaled and normalised."""
@@ -36,7 +40,14 @@ class Pixels:
                 "the image processor has do_rescale or do_normalize off: a graph that takes bytes does both; set them, "
                 "or trace the model with decoder='cached'"
             )
-        return cls(tuple(made_by.image_mean), tuple(made_by.image_std), made_by.rescale_factor)
+        return cls(made_by.image_mean, made_by.image_std, made_by.rescale_factor)
+
+    def are_those_of(self, processor):
+        """Whether a processor normalises as these say."""
+        try:
+            return self == type(self).of(processor)
+        except ValueError:
+            return False
 
     def tensors(self):
         """The three by their names: fp32 [3, 1, 1], [3, 1, 1] and []"""
