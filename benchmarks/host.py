@@ -1,9 +1,9 @@
 """Time what the host does around the graphs: ``python benchmarks/host.py``.
 
-Graphs of full size that cost nothing, since they return constants, stand in place of compiled ones. What remains is the
-host: reading the picture, the tokenizer, ``generate()``, and the rest of `infer`. Beside it Hugging Face's own processor
-and its own ``generate()`` around parts that cost nothing either. Everything runs in one process, in turns: each round
-calls every contestant once, so that a machine that slows down slows all of them.
+Graphs of full size that cost nothing, since they return constants, stand in place of compiled ones. What remains is
+the host: reading the picture, the tokenizer, ``generate()``, and the rest of `infer`. Beside it Hugging Face's own
+processor and its own ``generate()`` around parts that cost nothing either. Everything runs in one process, in turns:
+each round calls every contestant once, so that a machine that slows down slows all of them.
 """
 
 import argparse
