@@ -16,6 +16,7 @@ from torch import nn
 from transformers.models.blip.modeling_blip_text import BlipTextLayer
 
 from blip_inputs import whole_number
+from blip_pixels import normalised
 
 # 01  A plain model ------------------------------------------------------------
 
@@ -318,10 +319,11 @@ class PictureAnswer(nn.Module):
         super().__init__()
         self.vision = NeuronVisionModel(model.vision_model)
         self.answer = UnrolledAnswer(model, steps)
-        for name, value in pixels.tensors().items():
-            self.register_buffer(name, value)
+        self.register_buffer("image_mean", torch.tensor(pixels.image_mean))
+        self.register_buffer("image_std", torch.tensor(pixels.image_std))
+        self.rescale_factor = pixels.rescale_factor
 
     def forward(self, input_ids, attention_mask, pixels):
         """input_ids, attention_mask int64 [B, Q], pixels uint8 [1, 3, S, S] -> token ids int64 [B, K]"""
-        pixel_values = (pixels.float() * self.rescale_factor - self.image_mean) / self.image_std
+        pixel_values = normalised(pixels, self.image_mean, self.image_std, self.rescale_factor)
         return self.answer(input_ids, attention_mask, self.vision(pixel_values))

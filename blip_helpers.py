@@ -53,6 +53,7 @@ from blip_one_call import OneCall, Pixels
 from blip_pictures import resize_image  # noqa: F401
 from blip_probes import CANNOT, probed_parts
 from blip_scores import probabilities, rank_answers  # noqa: F401
+from blip_seen import SeenPictures  # noqa: F401
 
 # 02  Wrap the two encoders ------------------------------------------------------------
 
@@ -197,6 +198,7 @@ class NeuronBlipForQuestionAnswering(ChecksRequests, BlipForQuestionAnswering):
             ShortestQuestionGraph(questions, shapes) if len(questions) > 1 else questions["text_encoder"], shapes
         )
         self.text_decoder = decoder(config.text_config, graphs["text_decoder"], shapes, generation_config)
+        self.seen = None  # set it to a SeenPictures, and infer() keeps the features of pictures
         in_one = "unrolled_answer" in graphs
         self.one_call = OneCall(graphs, shapes, config.text_config, pixels or Pixels()) if in_one else None
         self.eval()
@@ -412,8 +414,8 @@ def infer(model, processor, text, image, *, return_scores=False, **generate_kwar
     """Ask questions about pictures: a str for a str, a list of str for a list.
 
     `model` is an original, which answers one unpadded question at a time, or a compiled one, which takes as many as
-    fit; `image` a picture as `processor` takes it, its path or URL, or a list with one a question, or what
-    ``encode_image`` of the compiled model returned. With `return_scores` an answer is a pair, the text and its
+    fit; `image` a picture as `processor` takes it, its path, URL or bytes, or a list with one a question, or what
+    ``encode_image`` of the compiled model returned. A compiled model whose ``seen`` is a `SeenPictures` keeps features. With `return_scores` an answer is a pair, the text and its
     probability (see `probabilities`). A `ValueError` says which question is empty or too long, or which image is none.
     """
     together = how_many_together(model, text, generate_kwargs)

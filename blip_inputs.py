@@ -1,5 +1,6 @@
 """What a compiled BLIP may be asked: the sizes it is traced for, and the arguments of a call."""
 
+import functools
 import operator
 import warnings
 from dataclasses import dataclass, fields
@@ -10,7 +11,8 @@ from transformers import BlipForQuestionAnswering, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from blip_decoding import OnTheHost
-from blip_pictures import pixel_values_of, resized_pixels
+from blip_pictures import pixel_values_of
+from blip_pixels import resized_pixels
 
 
 @dataclass(frozen=True)
@@ -244,26 +246,50 @@ SET_BY_THE_MODEL = ("encoder_attention_mask", "encoder_hidden_states", "eos_toke
 def requests(model, processor, text, image, together):
     """What `infer` is given, as inputs of ``generate()``: yields a dict for each call, of so many questions `together`.
 
-    Both models get what Hugging Face's processor makes, except that padding is on the right, and that a graph which
-    takes a picture's bytes gets them as they are before they are rescaled and normalised."""
+    Both models get what Hugging Face's processor makes, except that padding is on the right, that a picture which all
+    questions share comes once, and that a graph which takes a picture's bytes gets them before they are normalised."""
     questions, images, encoded = pair_up(model, text, image)
     token_ids = [question_tokens(processor, question) for question in questions]
-    one_call = getattr(model, "one_call", None)
-    as_bytes = one_call is not None and one_call.pixels.are_those_of(processor)
-    pixels, pixels_of = {}, resized_pixels if as_bytes else pixel_values_of
+    seen = None if encoded else getattr(model, "seen", None)
+    pixels_of, ready = pixels_for(model, processor), {}
+
+    def prepared(picture):
+        if encoded:
+            return picture[None]
+        if seen is None:
+            return pixels_of(picture)
+        return seen.features(picture, lambda new: model.encode_image(pixels_of(new)).last_hidden_state)
+
     for start in range(0, len(questions), together):
         batch = slice(start, start + together)
         padded = processor.tokenizer.pad({"input_ids": token_ids[batch]}, padding_side="right", return_tensors="pt")
-        inputs = {"input_ids": padded.input_ids, "attention_mask": padded.attention_mask}
-        if encoded:
-            yield inputs | {"image": BaseModelOutputWithPooling(last_hidden_state=torch.stack(images[batch]))}
-            continue
         # A picture that was in the batch before is not processed again; others are forgotten.
-        pixels = {id(picture): pixels.get(id(picture)) for picture in images[batch]}
+        ready = {id(picture): ready.get(id(picture)) for picture in images[batch]}
         for picture in images[batch]:
-            if pixels[id(picture)] is None:
-                pixels[id(picture)] = pixels_of(processor, picture)
-        yield inputs | {"pixel_values": torch.cat([pixels[id(picture)] for picture in images[batch]])}
+            if ready[id(picture)] is None:
+                ready[id(picture)] = prepared(picture)
+        pictures = [ready[id(picture)] for picture in images[batch]] if len(ready) > 1 else [*ready.values()]
+        if len({tensor.dtype for tensor in pictures}) > 1:
+            pictures = [model.normalised(tensor) for tensor in pictures]
+        pictures = torch.cat(pictures) if len(pictures) > 1 else pictures[0]
+        inputs = {"input_ids": padded.input_ids, "attention_mask": padded.attention_mask}
+        if encoded or seen is not None:
+            yield inputs | {"image": BaseModelOutputWithPooling(last_hidden_state=pictures)}
+        else:
+            yield inputs | {"pixel_values": pictures}
+
+
+def pixels_for(model, processor):
+    """What makes of a picture the pixels for a model: bytes where it takes them and normalises as the processor does."""
+    one_call = getattr(model, "one_call", None)
+    if one_call is None or not one_call.pixels.are_those_of(processor):
+        return functools.partial(pixel_values_of, processor)
+
+    def as_bytes(picture):
+        pixels = resized_pixels(processor, picture)
+        return pixel_values_of(processor, picture) if pixels is None else pixels
+
+    return as_bytes
 
 
 def pair_up(model, text, image):

@@ -2,13 +2,15 @@
 
 import copy
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from blip_pixels import mean_std_and_factor, normalised
 
 # What may be asked of the most likely token at each step, and what of a text decoder's own settings says nothing else.
 _PLAIN = {"do_sample": (None, False), "num_beams": (None, 1), "num_return_sequences": (None, 1)}
@@ -21,7 +23,7 @@ _OF_THE_MODEL = (
 
 @dataclass(frozen=True)
 class Pixels:
-    """What an image processor makes of the bytes of a resized picture: ``(bytes * rescale_factor - mean) / std``."""
+    """What an image processor makes of the bytes of a resized picture: see `blip_pixels.normalised`."""
 
     image_mean: tuple[float, float, float] = tuple(OPENAI_CLIP_MEAN)
     image_std: tuple[float, float, float] = tuple(OPENAI_CLIP_STD)
@@ -34,13 +36,7 @@ class Pixels:
     @classmethod
     def of(cls, processor):
         """Those of a `BlipProcessor`; a `ValueError` if its pictures are not rescaled and normalised."""
-        made_by = processor.image_processor
-        if not (made_by.do_rescale and made_by.do_normalize):
-            raise ValueError(
-                "the image processor has do_rescale or do_normalize off: a graph that takes bytes does both; set them, "
-                "or trace the model with decoder='cached'"
-            )
-        return cls(made_by.image_mean, made_by.image_std, made_by.rescale_factor)
+        return cls(*mean_std_and_factor(processor))
 
     def are_those_of(self, processor):
         """Whether a processor normalises as these say."""
@@ -49,17 +45,9 @@ class Pixels:
         except ValueError:
             return False
 
-    def tensors(self):
-        """The three by their names: fp32 [3, 1, 1], [3, 1, 1] and []"""
-        return {
-            name: torch.tensor(value).reshape(-1, 1, 1) if isinstance(value, tuple) else torch.tensor(value)
-            for name, value in asdict(self).items()
-        }
-
     def normalise(self, pixels):
         """As the graph does: uint8 [images, 3, S, S] -> pixel_values fp32 of the same shape"""
-        own = self.tensors()
-        return (pixels.float() * own["rescale_factor"] - own["image_mean"]) / own["image_std"]
+        return normalised(pixels, self.image_mean, self.image_std, self.rescale_factor)
 
 
 class PlainRequests:

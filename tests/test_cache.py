@@ -543,7 +543,7 @@ def with_tokens(**tokens):
 NOT_TRACED = {
     "quantised": (quantised, "is quantised; float32"),
     "half": (lambda: make_tiny_blip().half(), "float16; float32"),
-    "on meta": (lambda: make_tiny_blip().to("meta"), "is meta; it is traced on the CPU"),
+    "on meta": (lambda: make_tiny_blip().to("meta"), "the model is on meta; it is traced on the CPU"),
     "no pad token": (lambda: with_tokens(pad_token_id=None), "pad_token_id of the text_config is None"),
     "pad token outside": (lambda: with_tokens(pad_token_id=50), "pad_token_id of the text_config is 50; .* 0 to 49"),
     "negative pad token": (lambda: with_tokens(pad_token_id=-1), "pad_token_id of the text_config is -1"),
