@@ -16,7 +16,7 @@ from torch import nn
 from transformers.models.blip.modeling_blip_text import BlipTextLayer
 
 from blip_inputs import whole_number
-from blip_pixels import normalised
+from blip_pixels import columns, normalised
 
 # 01  A plain model ------------------------------------------------------------
 
@@ -319,8 +319,8 @@ class PictureAnswer(nn.Module):
         super().__init__()
         self.vision = NeuronVisionModel(model.vision_model)
         self.answer = UnrolledAnswer(model, steps)
-        self.register_buffer("image_mean", torch.tensor(pixels.image_mean))
-        self.register_buffer("image_std", torch.tensor(pixels.image_std))
+        self.register_buffer("image_mean", columns(pixels.image_mean))
+        self.register_buffer("image_std", columns(pixels.image_std))
         self.rescale_factor = pixels.rescale_factor
 
     def forward(self, input_ids, attention_mask, pixels):

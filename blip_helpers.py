@@ -415,8 +415,9 @@ def infer(model, processor, text, image, *, return_scores=False, **generate_kwar
 
     `model` is an original, which answers one unpadded question at a time, or a compiled one, which takes as many as
     fit; `image` a picture as `processor` takes it, its path, URL or bytes, or a list with one a question, or what
-    ``encode_image`` of the compiled model returned. A compiled model whose ``seen`` is a `SeenPictures` keeps features. With `return_scores` an answer is a pair, the text and its
-    probability (see `probabilities`). A `ValueError` says which question is empty or too long, or which image is none.
+    ``encode_image`` of the compiled model returned. A compiled model whose ``seen`` is a `SeenPictures` keeps the
+    features of pictures there. With `return_scores` an answer is a pair, the text and its probability (see
+    `probabilities`). A `ValueError` says which question is empty or too long, or which image is none.
     """
     together = how_many_together(model, text, generate_kwargs)
     details = {"return_dict_in_generate": True, "output_scores": True} if return_scores else {}

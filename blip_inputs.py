@@ -280,7 +280,7 @@ def requests(model, processor, text, image, together):
 
 
 def pixels_for(model, processor):
-    """What makes of a picture the pixels for a model: bytes where it takes them and normalises as the processor does."""
+    """What makes the pixels of a picture for a model: bytes where it takes them and normalises as the processor."""
     one_call = getattr(model, "one_call", None)
     if one_call is None or not one_call.pixels.are_those_of(processor):
         return functools.partial(pixel_values_of, processor)

@@ -78,13 +78,20 @@ def mean_std_and_factor(processor):
     return mean, std, float(own.rescale_factor)
 
 
+def columns(numbers):
+    """A number a colour, as it is applied to pixels: fp32 [3, 1, 1]"""
+    return torch.tensor(numbers, dtype=torch.float32).reshape(-1, 1, 1)
+
+
 def normalised(pixels, mean, std, factor):
     """Rescaled and normalised pixels: uint8 [..., 3, height, width] -> fp32, for a graph as for the host.
+
+    `mean` and `std` are three numbers each, or what `columns` makes of them.
 
     With PyTorch on a CPU the numbers are those of Hugging Face's image processor on Pillow, bit for bit. It multiplies
     with the factor in fp64, which no NeuronCore has; in fp32 a division by its inverse, 255, rounds the same, and a
     multiplication does not. A compiler that divides by a constant through its inverse is off in the last bit: by up to
     2.4e-7 with the usual means and deviations.
     """
-    mean, std = (torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1, 1) for value in (mean, std))
+    mean, std = (columns(value) if isinstance(value, tuple | list) else value for value in (mean, std))
     return (pixels.to(torch.float32) / (1 / factor) - mean) / std
