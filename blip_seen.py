@@ -98,9 +98,12 @@ def content_hash(image):
     return None
 
 
-def in_strips(image, size=2**20):
+def in_strips(image, size=2**21):
     """The bytes of a Pillow image from top to bottom, about `size` at a time: 36 MB at once take twice as long."""
     rows = max(1, size // (4 * image.width or 1))
+    if image.height <= rows:
+        yield image.tobytes()  # without a copy more
+        return
     for top in range(0, image.height, rows):
         yield image.crop((0, top, image.width, min(top + rows, image.height))).tobytes()
 
