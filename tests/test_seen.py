@@ -99,6 +99,16 @@ def test_what_the_bytes_mean_makes_another_picture():
     assert len({content_hash(image) for image in alike}) == len(alike)
 
 
+def test_a_picture_of_many_strips_is_hashed_to_its_last_pixel():
+    for mode in ("1", "L", "RGB", "I;16"):
+        image = Image.new(mode, (700, 1501))
+        hashes = {content_hash(image)}
+        for at in ((0, 0), (699, 373), (0, 375), (699, 1500)):
+            image.putpixel(at, (1, 2, 3) if mode == "RGB" else 1)
+            hashes.add(content_hash(image))
+        assert len(hashes) == 5
+
+
 def test_arrays_and_tensors_that_lie_otherwise_in_memory_are_the_same():
     pixels = array()
     assert content_hash(pixels) == content_hash(np.asfortranarray(pixels)) != content_hash(pixels[:, ::-1])
