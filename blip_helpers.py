@@ -263,12 +263,14 @@ class NeuronBlipForQuestionAnswering(ChecksRequests, BlipForQuestionAnswering):
         generate_kwargs = self.with_limit(generate_kwargs)
         images = self.check_images(pixel_values, image, interpolate_pos_encoding)
         self.check_questions(input_ids, len(images), generate_kwargs)
-        text = self.config.text_config
-        question = pad_question(
-            input_ids, attention_mask, self.shapes.longest_question, text.pad_token_id, text.max_position_embeddings
-        )
         answer = self._answer_in_one_call if in_one_call else self._answer
-        return answer(*question, images, **generate_kwargs)
+        return answer(*self.padded(input_ids, attention_mask), images, **generate_kwargs)
+
+    def padded(self, input_ids, attention_mask):
+        """Questions and their mask or None, int64 [questions, q], as the graphs take them: both int64 [questions, Q]"""
+        text = self.config.text_config
+        length, positions = self.shapes.longest_question, text.max_position_embeddings
+        return pad_question(input_ids, attention_mask, length, text.pad_token_id, positions)
 
     def answers_in_one_call(self, generate_kwargs):
         """Whether arguments of `generate` ask for what a graph of notebook 07 returns, where there is one."""
@@ -277,11 +279,15 @@ class NeuronBlipForQuestionAnswering(ChecksRequests, BlipForQuestionAnswering):
             and (generate_kwargs, self.text_decoder.generation_config) in self.one_call.requests
         )
 
-    def _answer_in_one_call(self, input_ids, attention_mask, images, max_new_tokens):
+    def _answer_in_one_call(self, input_ids, attention_mask, images, max_new_tokens, **plain):
         """K tokens of each question in a call an image; those that need more begin again with the cached decoder."""
-        tokens = torch.empty(len(input_ids), self.shapes.unrolled_steps, dtype=torch.int64)
+        tokens = [None] * len(input_ids)
         for image, rows in rows_by_image(images, len(input_ids)):
-            tokens[rows] = self.one_call(input_ids[rows], attention_mask[rows], image, self.vision_model)
+            question = (
+                (input_ids, attention_mask) if len(rows) == len(input_ids) else (input_ids[rows], attention_mask[rows])
+            )
+            for row, answer in zip(rows, self.one_call(*question, image, self.vision_model), strict=True):
+                tokens[row] = answer
 
         def go_on(rows):
             of_these = images if len(images) == 1 else images[rows]
@@ -295,12 +301,12 @@ class NeuronBlipForQuestionAnswering(ChecksRequests, BlipForQuestionAnswering):
             input_ids=torch.full((len(input_ids), 1), self.decoder_start_token_id),
             eos_token_id=self.config.text_config.sep_token_id,
             pad_token_id=self.config.text_config.pad_token_id,
-            encoder_hidden_states=self._encode_questions(input_ids, attention_mask, self.normalised(images)),
+            encoder_hidden_states=self.encode_questions(input_ids, attention_mask, self.normalised(images)),
             encoder_attention_mask=attention_mask,
             **generate_kwargs,
         )
 
-    def _encode_questions(self, input_ids, attention_mask, images):
+    def encode_questions(self, input_ids, attention_mask, images):
         """What the question graph makes of each question, int64 [questions, Q], about its image or its features."""
         features = [None] * len(input_ids)
         for image, rows in rows_by_image(images, len(input_ids)):

@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 from inf2 import describe
 from transformers import BlipForQuestionAnswering, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -419,6 +420,10 @@ def pad_question(input_ids, attention_mask, question_length, pad_token_id=0, pos
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     check_tokens(input_ids, attention_mask)
+    missing = question_length - input_ids.shape[1]
+    if 0 <= missing < question_length and len(input_ids) and attention_mask.all():  # the usual one, with the least work
+        ones = torch.ones_like(input_ids, dtype=torch.int64)
+        return F.pad(input_ids, (0, missing), value=pad_token_id), F.pad(ones, (0, missing))
     attention_mask = (attention_mask != 0).long()
     tokens = attention_mask.sum(dim=1)
     if not tokens.all() or not len(tokens) or not input_ids.shape[1]:

@@ -101,7 +101,8 @@ class OneCall(nn.Module):
 
     def forward(self, input_ids, attention_mask, image, vision_model):
         """input_ids, attention_mask int64 [questions, Q]; the image's bytes uint8 [1, 3, S, S], pixel_values fp32 of
-        that shape, or features fp32 [1, T, D] -> token ids int64 [questions, K], without the start token
+        that shape, or features fp32 [1, T, D] -> K token ids of each question, a list of lists of int, without the
+        start token
 
         Bytes and questions that fit go in one call. More questions share the features that `vision_model` makes."""
         graph = self.of_picture
@@ -110,26 +111,25 @@ class OneCall(nn.Module):
         if image.dim() == 3:
             graph = self.of_features
         tokens = []
-        for ids, mask in zip(input_ids.split(self.batch_size), attention_mask.split(self.batch_size), strict=True):
+        for start in range(0, len(input_ids), self.batch_size):
+            ids, mask = (given[start : start + self.batch_size] for given in (input_ids, attention_mask))
             missing = (0, 0, 0, self.batch_size - len(ids))
-            tokens.append(graph(F.pad(ids, missing, value=self.pad), F.pad(mask, missing, value=1), image)[: len(ids)])
-        return torch.cat(tokens)
+            if missing[-1]:
+                ids, mask = F.pad(ids, missing, value=self.pad), F.pad(mask, missing, value=1)
+            tokens += graph(ids, mask, image).tolist()
+        return tokens[: len(input_ids)]
 
     def join(self, tokens, limit, go_on):
-        """What ``generate()`` returns of tokens, int64 [questions, K], and a limit of new ones: int64 [questions,
-        tokens] with a start token, no longer than its longest answer.
+        """What ``generate()`` returns of tokens, lists of K, and a limit of new ones: int64 [questions, tokens] with a
+        start token, no longer than its longest answer.
 
         ``go_on(rows)`` answers once more, without the limit of K, the questions whose answers are longer."""
-        tokens = tokens[:, :limit]
-        ended = (tokens == self.end).any(dim=1)
-        longer = [] if limit <= self.steps else (~ended).nonzero()[:, 0].tolist()
+        answers = [row[: row.index(self.end) + 1] if self.end in row else row for row in tokens]
+        longer = [row for row, answer in enumerate(answers) if answer[-1] != self.end and limit > self.steps]
         with self._counting:
             self.answers, self.longer = self.answers + len(tokens), self.longer + len(longer)
-        lengths = torch.where(ended, (tokens == self.end).int().argmax(dim=1) + 1, tokens.shape[1])
-        answers = F.pad(tokens[:, : int(lengths.max())], (1, 0), value=self.start)
-        if longer:
-            further = go_on(longer)
-            width = max(further.shape[1], *(int(n) + 1 for n, has in zip(lengths, ended, strict=True) if has), 0)
-            answers = F.pad(answers, (0, max(0, width - answers.shape[1])), value=self.pad)[:, :width]
-            answers[longer] = F.pad(further, (0, width - further.shape[1]), value=self.pad)
-        return answers
+        answers = [[self.start, *answer[:limit]] for answer in answers]
+        for row, answer in zip(longer, go_on(longer).tolist() if longer else (), strict=True):
+            answers[row] = answer
+        width = max(map(len, answers))
+        return torch.tensor([answer + [self.pad] * (width - len(answer)) for answer in answers])

@@ -94,8 +94,8 @@ def decoder_of(model, inputs):
         ).logits[:, :-1]
     images = model.check_images(inputs.get("pixel_values"), inputs.get("image"), False)
     model.check_questions(inputs["input_ids"], len(images), ONE_ROW)
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    features, mask = model._encode_questions(ids, mask, images, encoded="image" in inputs)
+    ids, mask = model.padded(inputs["input_ids"], inputs["attention_mask"])
+    features = model.encode_questions(ids, mask, model.normalised(images))
 
     def logits_of(answers):
         return model.text_decoder.generate(

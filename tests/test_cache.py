@@ -775,7 +775,7 @@ def test_arguments_of_trace_that_do_not_fit_are_value_errors(tiny, tmp_path, arg
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("change", [{"dtype": torch.bfloat16}, {"decoder": "padded"}, {"decoder": "unrolled"}], ids=str)
+@pytest.mark.parametrize("change", [{"dtype": torch.bfloat16}, {"decoder": "padded"}], ids=str)
 def test_another_kind_is_traced_again(tiny, artifact, capsys, change):
     trace(tiny, artifact, TINY_SHAPES, **change)
     said = capsys.readouterr().out

@@ -240,8 +240,7 @@ def test_verify_compares_what_one_call_answers(compiled, tiny, processor, monkey
     asked = [Example(image, text, "", "") for image, text in zip(pictures, texts, strict=True)]
     verified = list(verify(compiled, tiny, processor, asked))
     assert all(row.actual == row.expected and row.difference < 1e-4 for row in verified)
-    wrong = compiled.one_call.forward
-    monkeypatch.setattr(compiled.one_call, "forward", lambda *args: wrong(*args).clamp(max=3))
+    monkeypatch.setattr(compiled.one_call, "forward", lambda ids, *args: [[compiled.one_call.end]] * len(ids))
     assert not all(row.actual == row.expected for row in verify(compiled, tiny, processor, asked))
 
 
