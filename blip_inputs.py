@@ -263,7 +263,7 @@ def requests(model, processor, text, image, together):
 
     for start in range(0, len(questions), together):
         batch = slice(start, start + together)
-        padded = processor.tokenizer.pad({"input_ids": token_ids[batch]}, padding_side="right", return_tensors="pt")
+        inputs = padded_right(token_ids[batch], processor.tokenizer.pad_token_id)
         # A picture that was in the batch before is not processed again; others are forgotten.
         ready = {id(picture): ready.get(id(picture)) for picture in images[batch]}
         for picture in images[batch]:
@@ -273,11 +273,19 @@ def requests(model, processor, text, image, together):
         if len({tensor.dtype for tensor in pictures}) > 1:
             pictures = [model.normalised(tensor) for tensor in pictures]
         pictures = torch.cat(pictures) if len(pictures) > 1 else pictures[0]
-        inputs = {"input_ids": padded.input_ids, "attention_mask": padded.attention_mask}
         if encoded or seen is not None:
             yield inputs | {"image": BaseModelOutputWithPooling(last_hidden_state=pictures)}
         else:
             yield inputs | {"pixel_values": pictures}
+
+
+def padded_right(token_ids, pad_token_id):
+    """Lists of token ids, and their mask, int64 [questions, tokens of the longest]; ``tokenizer.pad`` is slower."""
+    longest = max(map(len, token_ids))
+    return {
+        "input_ids": torch.tensor([ids + [pad_token_id] * (longest - len(ids)) for ids in token_ids]),
+        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in token_ids]),
+    }
 
 
 def pixels_for(model, processor):

@@ -27,8 +27,8 @@ from transformers.image_utils import load_image
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithCrossAttentions
 
 from blip_helpers import DECODERS, BlipShapes, NeuronBlipForQuestionAnswering, infer, parts_to_trace
-from blip_inputs import question_tokens
-from blip_pictures import load_picture, pixel_values_of
+from blip_inputs import padded_right, pixels_for, question_tokens, requests
+from blip_pictures import load_picture
 from blip_pixels import resized_pixels
 from blip_seen import SeenPictures
 from models.make_base import IMAGE_SIZE, make_model, make_tokenizer
@@ -61,8 +61,7 @@ class Constant(nn.Module):
 
 def compiled_around_constants(kind, questions):
     """The assembled model of full size, for so many questions at once."""
-    steps = {"unrolled_steps": NEW_TOKENS} if kind == "unrolled" else {}
-    shapes = BlipShapes(questions, 1, 16, 8, **steps)
+    shapes = BlipShapes(questions, 1, 16, 8, NEW_TOKENS)
     with torch.device("meta"):
         model = make_model().eval()
         parts = parts_to_trace(model, shapes, kind)
@@ -115,8 +114,8 @@ def opened(image):
 
 
 def padded(processor, questions):
-    tokens = {"input_ids": [question_tokens(processor, question) for question in questions]}
-    return dict(processor.tokenizer.pad(tokens, padding_side="right", return_tensors="pt"))
+    token_ids = [question_tokens(processor, question) for question in questions]
+    return padded_right(token_ids, processor.tokenizer.pad_token_id)
 
 
 def of_hugging_face(model, processor, image, questions):
@@ -148,11 +147,10 @@ def of_hugging_face(model, processor, image, questions):
 
 def of_a_new_picture(model, processor, image, questions):
     """The same of a compiled model, for a picture that was not seen before."""
-    in_8_bits = getattr(model, "one_call", None) is not None
-    pixels_of = resized_pixels if in_8_bits else pixel_values_of
-    inputs, pixels = padded(processor, questions), pixels_of(processor, image)
+    pixels_of = pixels_for(model, processor)
+    inputs, pixels = padded(processor, questions), pixels_of(image)
     return {
-        "picture": lambda: pixels_of(processor, image),
+        "picture": lambda: pixels_of(image),
         "tokenizer": lambda: padded(processor, questions),
         "generate": lambda: model.generate(**inputs, pixel_values=pixels, max_new_tokens=NEW_TOKENS),
         "whole": lambda: infer(model, processor, questions, image, max_new_tokens=NEW_TOKENS),
@@ -161,20 +159,13 @@ def of_a_new_picture(model, processor, image, questions):
 
 def of_a_seen_picture(model, processor, image, questions):
     """The same where the features of the picture are kept."""
-    seen, inputs = SeenPictures(2**26), padded(processor, questions)
-
-    def encode(picture):
-        return model.encode_image(pixel_values_of(processor, picture)).last_hidden_state
-
-    def picture():
-        return BaseModelOutputWithPooling(last_hidden_state=seen.features(image, encode))
-
-    encoded = picture()
+    model.seen, inputs = SeenPictures(2**26), padded(processor, questions)
+    (prepared,) = requests(model, processor, questions, image, len(questions))
     return {
-        "picture": picture,
+        "picture": lambda: model.seen.features(image, None),
         "tokenizer": lambda: padded(processor, questions),
-        "generate": lambda: model.generate(**inputs, image=encoded, max_new_tokens=NEW_TOKENS),
-        "whole": lambda: infer(model, processor, questions, picture(), max_new_tokens=NEW_TOKENS),
+        "generate": lambda: model.generate(**inputs, image=prepared["image"], max_new_tokens=NEW_TOKENS),
+        "whole": lambda: infer(model, processor, questions, image, max_new_tokens=NEW_TOKENS),
     }
 
 
@@ -188,10 +179,9 @@ def contestants(processor, image, count):
         "8 bits": {"picture": lambda: resized_pixels(processor, image)},
     }
     for kind in ("cached", "unrolled"):
-        if kind in DECODERS:
+        for when, of_a_picture in (("new", of_a_new_picture), ("seen", of_a_seen_picture)):
             model = compiled_around_constants(kind, count)
-            entries[f"{kind}, new"] = of_a_new_picture(model, processor, image, questions)
-            entries[f"{kind}, seen"] = of_a_seen_picture(model, processor, image, questions)
+            entries[f"{kind}, {when}"] = of_a_picture(model, processor, image, questions)
     return entries
 
 
