@@ -89,6 +89,26 @@ def rounding(margins, drifts):
         plt.show()
 
 
+def time_line(ways, device):
+    """One question by several ways: the host's parts, measured (name to a row of benchmarks/host.json), then the
+    device's bound in milliseconds, calculated."""
+    parts = {"picture": (BLUE, ""), "tokenizer": (PURPLE, ""), "generate": (ORANGE, ""), "device": ("white", "///")}
+    with plt.rc_context(STYLE):
+        _, axes = _axes(3.2, xlabel="milliseconds")
+        axes.set_title("One question about a JPEG of 640x480", loc="left")
+        for place, ((_, row), of_device) in enumerate(zip(ways.items(), device, strict=True)):
+            left = 0.0
+            for part, (colour, hatch) in parts.items():
+                width = of_device if part == "device" else row[part]
+                label = None if place else {"device": "device, calculated"}.get(part, f"{part}, measured")
+                axes.barh(place, width, left=left, color=colour, hatch=hatch, edgecolor="0.3", label=label)
+                left += width
+        axes.set_yticks(range(len(ways)), list(ways))
+        axes.invert_yaxis()
+        axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.25), ncols=2, frameon=False)
+        plt.show()
+
+
 def roofline(peak, bandwidth, published, graphs):
     """A roof of `peak` operations and `bandwidth` bytes a second, with published runs below it.
 
