@@ -32,7 +32,6 @@ DTYPES = {
     "u8": torch.uint8,
     "boolean": torch.bool,
 }
-PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "f16"}
 _turns = threading.Lock()  # to compile; two first calls of a graph would both do it
 
 
@@ -96,22 +95,26 @@ class OnOpenVino(nn.Module):
 def trace_for_openvino(module, example_inputs, aliases, compiler_args=()):
     """Convert a module to OpenVINO's IR, and compile that for this CPU behind the checks of the stand-in.
 
-    ``--auto-cast matmult`` or ``all`` to bf16 or fp16 in `compiler_args` is OpenVINO's hint to compute in that type,
-    which is nearer to ``all``. A CPU without instructions for the type computes in fp32 instead: see `used_precision`.
-    Inside, OpenVINO counts in 32 bits where the module says int64, and computes in fp32 where it says float64.
+    ``--auto-cast matmult`` or ``all`` to bf16 in `compiler_args` is OpenVINO's hint to compute in that type, which is
+    nearer to ``all``; state stays in its own dtype between calls. With AVX-512 but without its bf16 instructions bf16
+    is imitated; a CPU without AVX-512 computes in fp32, says the documentation. Where the module says int64, OpenVINO
+    counts in 32 bits: what is larger comes out wrong.
 
     Raises
     ------
     ValueError
-        If OpenVINO cannot convert the module, or makes other shapes of its outputs than PyTorch.
+        If OpenVINO cannot convert the module, or makes other shapes of its outputs than PyTorch; if `compiler_args`
+        cast to fp16.
     """
     cast = ImitatedAutoCast(compiler_args)
-    precision = "f32" if cast.cast == "none" else PRECISIONS[cast.dtype]
+    if cast.cast != "none" and cast.dtype != torch.bfloat16:
+        raise ValueError("--auto-cast-type is fp16; OpenVINO is asked for fp32 or bf16: pass one of them")
+    precision = "f32" if cast.cast == "none" else "bf16"
     outputs, model = _convert(module, example_inputs, aliases)
     alone = len(outputs) - len(aliases) == 1 if aliases else isinstance(outputs, torch.Tensor)
-    changed = _leave_unchanged_state(model, len(example_inputs), len(aliases))
-    model.set_rt_info(precision, ["inf2", "precision"])
-    model.set_rt_info(" ".join(map(str, changed)), ["inf2", "changed"])
+    changed, parted = _part_from_inputs(import_openvino(), model, len(example_inputs), len(aliases))
+    for name, value in (("precision", [precision]), ("changed", changed), ("parted", parted)):
+        model.set_rt_info(" ".join(map(str, value)), ["inf2", name])
     graph = OnOpenVino(*_serialize(model), list(aliases), alone)
     return checked_trace(graph.train(module.training), module, example_inputs, list(graph.state))
 
@@ -164,16 +167,30 @@ def _as_pytorch(openvino, model, inputs, outputs):
     processed.build()
 
 
-def _leave_unchanged_state(model, inputs, states):
-    """Take the outputs away that hand a state through as it is; the numbers of the states that a call changes."""
-    changed = []
+def _part_from_inputs(openvino, model, inputs, states):
+    """Take the outputs away that hand a state through as it is, and part the others from an input they are.
+
+    OpenVINO writes anything, even into the input, where an output in memory of ours is an input as it is. Such a one
+    gets a dimension in front here. Returns the numbers of the states that a call changes, and of those outputs.
+    """
+    changed, parted, kept = [], [], 0
     parameters, results = model.get_parameters(), model.get_results()
-    for i, parameter, result in zip(range(states), parameters[inputs:], results[len(results) - states :], strict=True):
-        if result.input_value(0).get_node().get_friendly_name() == parameter.get_friendly_name():
+    places = {parameter.get_friendly_name(): i for i, parameter in enumerate(parameters)}
+    for i, result in enumerate(results):
+        source, state = result.input_value(0), i - (len(results) - states)
+        place = places.get(source.get_node().get_friendly_name())
+        if state >= 0 and place == inputs + state:
             model.remove_result(result)
-        else:
-            changed.append(i)
-    return changed
+            continue
+        if state >= 0:
+            changed.append(state)
+        if place is not None:
+            front = openvino.opset13.unsqueeze(source, openvino.opset13.constant(0))
+            result.input(0).replace_source_output(front.output(0))
+            parted.append(kept)
+        kept += 1
+    model.validate_nodes_and_infer_types()
+    return changed, parted
 
 
 def _serialize(model):
@@ -205,7 +222,8 @@ class Compiled:
         }
         self.openvino, self.process, self.turn = openvino, os.getpid(), threading.Lock()
         self.compiled = core.compile_model(model, "CPU", config)
-        self.changed = [int(which) for which in model.get_rt_info(["inf2", "changed"]).value.split()]
+        numbers = {name: model.get_rt_info(["inf2", name]).value.split() for name in ("changed", "parted")}
+        self.changed, self.parted = (list(map(int, some)) for some in numbers.values())
         ports = self.compiled.outputs
         self.returned = [(list(port.shape), DTYPES[port.element_type.get_type_name()]) for port in ports]
         self.returned = self.returned[: len(ports) - len(self.changed)]
@@ -222,7 +240,9 @@ class Compiled:
             for i, value in enumerate(read):
                 request.set_input_tensor(first + i, self.shared(value))
             for i, which in enumerate(self.changed):
-                request.set_output_tensor(len(self.returned) + i, self.shared(written[which]))
+                place = len(self.returned) + i
+                value = written[which][None] if place in self.parted else written[which]
+                request.set_output_tensor(place, self.shared(value))
             self.requests.append(request)
         self.now = 0
 
@@ -254,7 +274,7 @@ class Compiled:
                 self.now = 1 - self.now
                 for which in self.changed:
                     state[which].set_(self.places[self.now][which])
-            return outputs
+            return [tensor[0] if i in self.parted else tensor for i, tensor in enumerate(outputs)]
 
 
 def compiled_for(network, weights, state):

@@ -57,7 +57,7 @@ def trace_for_cpu(module, example_inputs, aliases, compiler_args=()):
 
 
 def checked_trace(inner, module, example_inputs, state=()):
-    """``torch.jit.trace`` of `inner`, which answers for `module`, behind its checks; Parameters in `state` keep values."""
+    """``torch.jit.trace`` of `inner`, which answers for `module`, behind its checks; `state` keeps its values."""
     guarded = checking_module(describe_inputs(module, example_inputs), example_inputs)
     before = [(parameter, parameter.clone()) for parameter in state]
     with quiet_properties():

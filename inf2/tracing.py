@@ -120,7 +120,7 @@ def trace_module(
         `inf2.open_vino`).
     compiler_args : str or list of str, optional
         For neuronx-cc; by default `neuron_compiler_args`. Of these the stand-in imitates ``--auto-cast`` to bf16 and
-        fp16, and OpenVINO is asked to compute in that type.
+        fp16, and OpenVINO is asked to compute in bf16.
     cpu_backend : bool
         With AWS's packages but no Neuron device: compile for Inf2, to be copied there.
 
