@@ -65,14 +65,14 @@ def check(arguments):
 
 def compile_(arguments):
     """Compile a whole artifact for Inf2 on a machine without a Neuron device."""
-    model, _ = load_blip(arguments)
+    model, processor = load_blip(arguments)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
     bh.compile_for_inf2(
         model,
         arguments.directory,
         shapes_of(arguments),
         decoder=arguments.decoder,
-        greedy=arguments.greedy,
+        processor=processor,
         dtype=dtype,
     )
     model = f" --model {arguments.model}" if arguments.model else ""
@@ -90,12 +90,11 @@ def report(arguments):
     compiled = bh.NeuronBlipForQuestionAnswering.from_pretrained(arguments.directory)
     loaded = time.perf_counter() - start
     manifest = bh.read_manifest(arguments.directory)
-    if manifest["decoder"] == "greedy":
-        raise ValueError("this artifact returns no logits to compare: report one that was traced with greedy=False")
     size = compiled.config.vision_config.image_size
     if size != model.config.vision_config.image_size:
         model, processor = bh.resize_image(model, processor, size)
-    parts = bh.parts_to_trace(model, compiled.shapes, manifest["decoder"])
+    pixels = compiled.one_call and compiled.one_call.pixels
+    parts = bh.parts_to_trace(model, compiled.shapes, manifest["decoder"], pixels)
     for name, (module, _) in parts.items():
         if bh.hash_weights(module) != manifest["parts"][name]["weights"]:
             raise ValueError(
@@ -120,6 +119,7 @@ def report(arguments):
     questions = compiled.text_encoder.graph  # where there are several lengths, a module of several graphs
     graphs = [compiled.vision_model.graph, *getattr(questions, "graphs", [questions])]
     graphs.append(compiled.text_decoder.decoder.decoder)
+    graphs += [] if compiled.one_call is None else [compiled.one_call.of_features, compiled.one_call.of_picture]
     for graph, (name, (_, inputs)) in zip(graphs, parts.items(), strict=True):
         rows.append((f"{name}, a call", milliseconds(graph, inputs)))
     question = next(examples("held-out", 1))
@@ -150,6 +150,7 @@ def shapes_of(arguments):
         num_beams=arguments.num_beams,
         question_length=lengths if len(lengths) > 1 else lengths[0],
         answer_length=arguments.answer_length,
+        unrolled_steps=arguments.unrolled_steps,
     )
 
 
@@ -165,8 +166,7 @@ def read_arguments(arguments=None):
     two = commands.add_parser("compile", help="with AWS's packages, without a device: make an artifact for Inf2")
     two.add_argument("directory", help="where to, such as build/blip-inf2")
     two.add_argument("--model", help=help_model)
-    two.add_argument("--decoder", default="cached", choices=["cached", "padded"])
-    two.add_argument("--greedy", action="store_true", help="of a cached decoder: choose the token in the graph")
+    two.add_argument("--decoder", default="cached", choices=[*bh.DECODERS])
     two.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="what matrices are multiplied in")
     for command in (one, two):
         command.add_argument("--image-size", type=int, help="pixels, such as 480; by default those of the checkpoint")
@@ -174,6 +174,9 @@ def read_arguments(arguments=None):
         command.add_argument("--num-beams", type=int, default=1)
         command.add_argument("--question-length", type=int, nargs="+", default=[16], help="several make a graph each")
         command.add_argument("--answer-length", type=int, default=24)
+        command.add_argument(
+            "--unrolled-steps", type=int, default=4, help="with --decoder unrolled: tokens in one call"
+        )
     three = commands.add_parser("report", help="run an artifact; print what came out, to paste into an issue")
     three.add_argument("directory", help="what trace or compile left")
     three.add_argument("--model", help=help_model)

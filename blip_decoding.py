@@ -1,4 +1,4 @@
-"""What keeps decoding safe: turns at a graph's one state, and a loop for a graph that chooses tokens itself."""
+"""What keeps decoding safe: turns at a graph's one state, and a loop that feeds given answers."""
 
 import contextlib
 import functools
@@ -6,15 +6,12 @@ import threading
 
 import torch
 from inf2 import Owner
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 
 class OnTheHost:
     """Of a module whose inputs come from and outputs go to the CPU, wherever its graphs run.
 
     Its graphs are as they were traced: what would move, convert, copy or train them is a `ValueError`."""
-
-    returns_logits = True
 
     @property
     def device(self):
@@ -108,32 +105,6 @@ class TakesTurns:
                 return self.generate_in_turn(input_ids, **kwargs)
             finally:
                 self._answering = False
-
-
-def greedy_loop(model, input_ids, logits_processor, stopping_criteria, generation_config, chosen_to=None, **kwargs):
-    """A loop for ``custom_generate`` around a graph that has chosen the token already."""
-    needs = [type(processor).__name__ for processor in logits_processor]
-    if generation_config.get_generation_mode() != GenerationMode.GREEDY_SEARCH:
-        needs.append(str(generation_config.get_generation_mode().value))
-    needs += [name for name in ("output_scores", "output_logits") if getattr(generation_config, name)]
-    if needs:
-        raise ValueError(
-            f"{', '.join(needs)}: that takes logits, and this decoder returns the chosen token alone: trace the model "
-            "with greedy=False"
-        )
-    unfinished = torch.ones(len(input_ids), dtype=torch.bool)
-    while unfinished.any():
-        chosen = model(**model.prepare_inputs_for_generation(input_ids, **kwargs)).logits[:, -1]
-        chosen = chosen.where(unfinished, generation_config.pad_token_id)
-        if chosen_to is not None:
-            chosen_to.put(chosen)
-        input_ids = torch.cat([input_ids, chosen[:, None]], dim=1)
-        unfinished = unfinished & ~stopping_criteria(input_ids, None)
-    if chosen_to is not None:
-        chosen_to.end()
-    if generation_config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(sequences=input_ids)
-    return input_ids
 
 
 def forced_loop(model, input_ids, logits_processor, stopping_criteria, generation_config, answers=None, **kwargs):

@@ -29,6 +29,7 @@ def example_inputs(model, shapes):
     position = torch.tensor([1])
     examples = {
         "image": (zeros(1, 3, vision.image_size, vision.image_size),),
+        "bytes": (zeros(1, 3, vision.image_size, vision.image_size).byte(),),
         "whole answer": (pads(rows, A), features, ragged(rows, Q, 1), ragged(rows, A, 2), position),
         "last token": (pads(rows, 1), position, torch.arange(rows)),
     }
@@ -74,6 +75,8 @@ def check_parts(parts, vocab_size):
 
 def varied(name, example, position, longest, vocab_size, generator):
     """Another value for an example input: the position, a mask of its tokens, rows, tokens or numbers."""
+    if example.dtype == torch.uint8:
+        return torch.randint(256, example.shape, generator=generator, dtype=torch.uint8)
     if example.is_floating_point():
         return torch.randn(example.shape, generator=generator)
     if name == "position":

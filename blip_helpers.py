@@ -1,14 +1,11 @@
 """Compile Hugging Face's ``BlipForQuestionAnswering`` for AWS Neuron (Inf2), one notebook at a time.
 
-Read it from top to bottom: the order is that of the notebooks. Everywhere, B is the number of questions a call takes, R
-the number of rows the decoder takes (B times the beams), Q the traced question length, A the traced answer length (the
-start token counts), T the number of image tokens, D the hidden size and V the vocabulary size.
+Here is what stands around the graphs: Hugging Face's interface outside, fixed shapes inside. The modules that become
+graphs are in `blip_graphs`, which says what B, R, Q, A, K, T, D, H, L, S and V are. Read both from top to bottom: the
+order is that of the notebooks.
 """
 
-import contextlib
-import copy
 from dataclasses import asdict, replace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +15,28 @@ from torch import nn
 from transformers import BlipConfig, BlipForQuestionAnswering, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithCrossAttentions
-from transformers.models.blip.modeling_blip_text import BlipTextLayer
 
 from blip_answers import Verified, compare_answers, trim  # noqa: F401
 from blip_checkpoints import MODELS, load_blip, load_config, load_resnet, question_count, uses_bundled_models  # noqa: F401
-from blip_decoding import OnTheHost, TakesTurns, greedy_loop, on_the_host
+from blip_decoding import OnTheHost, TakesTurns, on_the_host
 from blip_examples import check_parts, each_graph_once, example_inputs  # noqa: F401 (notebook 06 checks with them)
+from blip_graphs import (  # noqa: F401 (the notebooks show each)
+    CachedDecoder,
+    CachedTextEncoder,
+    DecoderState,
+    Logits,
+    NeuronTextEncoder,
+    NeuronVisionModel,
+    PaddedDecoder,
+    PictureAnswer,
+    UnrolledAnswer,
+    acting_question_mask,
+    additive_mask,
+    attend,
+    keys_and_values,
+    split_heads,
+    update,
+)
 from blip_inputs import (
     BlipShapes,
     ChecksRequests,
@@ -36,37 +49,13 @@ from blip_inputs import (
     setting_of,
     whole_number,
 )
+from blip_one_call import OneCall, Pixels
 from blip_pictures import resize_image  # noqa: F401
 from blip_probes import CANNOT, probed_parts
 from blip_scores import probabilities, rank_answers  # noqa: F401
-
-# 01  Which model; trace a module ------------------------------------------------------------
-
-
-class Logits(nn.Module):
-    """An image classifier as it is traced: pixel_values fp32 [B, 3, S, S] -> logits fp32 [B, N]"""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values):
-        return self.model(pixel_values=pixel_values).logits
-
+from blip_seen import SeenPictures  # noqa: F401
 
 # 02  Wrap the two encoders ------------------------------------------------------------
-
-
-class NeuronVisionModel(nn.Module):
-    """The image graph: pixels in, image tokens out, one image a call."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values):
-        """pixel_values fp32 [1, 3, height, width] -> image_embeds fp32 [1, T, D]"""
-        return self.model(pixel_values=pixel_values, interpolate_pos_encoding=False).last_hidden_state
 
 
 class VisionModelWrapper(nn.Module):
@@ -82,55 +71,6 @@ class VisionModelWrapper(nn.Module):
             raise ValueError("interpolate_pos_encoding is True; the image graph has one image size: resize the picture")
         image_embeds = torch.cat([self.graph(image[None]) for image in pixel_values])
         return BaseModelOutputWithPooling(last_hidden_state=image_embeds)
-
-
-@contextlib.contextmanager
-def acting_question_mask(model):
-    """Let the question mask act in the cross-attention of `model` for the length of a ``with`` block.
-
-    transformers 5 hands ``encoder_attention_mask`` to ``BlipTextAttention`` as its ``attention_mask``, and
-    ``BlipTextSelfAttention`` reads ``encoder_attention_mask`` alone when it attends across: no mask arrives. A forward
-    pre-hook hands it on under the name that is read. Masks that are all ones change nothing.
-    """
-
-    def hand_on(module, args, kwargs):
-        return args, {**kwargs, "encoder_attention_mask": kwargs.get("attention_mask")}
-
-    layers = [m for m in model.modules() if isinstance(m, BlipTextLayer) and hasattr(m, "crossattention")]
-    hooks = [layer.crossattention.self.register_forward_pre_hook(hand_on, with_kwargs=True) for layer in layers]
-    try:
-        yield model
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def additive_mask(mask):
-    """1 and 0 -> 0 and -10,000, what attention adds to its scores; a dimension for the heads is put in.
-
-    The graph builds it from its input: Hugging Face drops a mask that is all ones while a lazy trace (torch-xla,
-    Neuron) is made, and the graph would ignore masks for ever. exp(-10,000) is 0 in every format, and unlike the
-    smallest fp32 number it is finite in bf16 and fp16 as well.
-
-    mask int64 [rows, ...] -> fp32 [rows, 1, ...]
-    """
-    return (1.0 - mask.float()).unsqueeze(1) * -10_000.0
-
-
-class NeuronTextEncoder(nn.Module):
-    """The question graph: B padded questions about one image."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids, attention_mask, encoder_hidden_states):
-        """input_ids, attention_mask int64 [B, Q], encoder_hidden_states fp32 [1, T, D] -> features fp32 [B, Q, D]"""
-        return self.model(
-            input_ids=input_ids,
-            attention_mask=additive_mask(attention_mask[:, None, :]),
-            encoder_hidden_states=encoder_hidden_states,
-        ).last_hidden_state
 
 
 def fill_rows(tensor, rows):
@@ -178,31 +118,6 @@ class ShortestQuestionGraph(nn.Module):
 
 
 # 03  Pad the decoder ------------------------------------------------------------
-
-
-class PaddedDecoder(nn.Module):
-    """The answer graph: all A tokens of the answer so far, padded, in; the logits of one position out."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.decoder = model
-
-    def forward(self, input_ids, encoder_hidden_states, encoder_attention_mask, attention_mask, position):
-        """input_ids, attention_mask int64 [R, A], encoder_hidden_states fp32 [R, Q, D], encoder_attention_mask int64
-        [R, Q], position int64 [1] -> logits fp32 [R, 1, V]
-
-        The position is chosen before the vocabulary head, which so runs on one position instead of A."""
-        length = input_ids.shape[1]
-        causal = torch.ones(length, length, dtype=attention_mask.dtype, device=attention_mask.device).tril()
-        with acting_question_mask(self.decoder):
-            return self.decoder(
-                input_ids=input_ids,
-                attention_mask=additive_mask(causal * attention_mask[:, None, :]),
-                encoder_hidden_states=encoder_hidden_states,
-                encoder_attention_mask=additive_mask(encoder_attention_mask[:, None, :]),
-                logits_to_keep=position,
-                use_cache=False,
-            ).logits
 
 
 class DecoderOutputFormatter(nn.Module):
@@ -268,9 +183,10 @@ class NeuronBlipForQuestionAnswering(ChecksRequests, BlipForQuestionAnswering):
 
     `graphs` has by the names of `parts_to_trace` what was traced, or the modules that are traced (which keep no
     state: a cached decoder has to be traced); `decoder` is what stands in for the text decoder,
-    `DecoderPaddedGenerator` or one of those from notebook 05, and `generation_config` that of the text decoder."""
+    `DecoderPaddedGenerator` or the one from notebook 05, and `generation_config` that of the text decoder. `pixels`
+    says what the graph of notebook 07, where there is one, makes of a picture's bytes."""
 
-    def __init__(self, config, graphs, shapes, generation_config, decoder=DecoderPaddedGenerator):
+    def __init__(self, config, graphs, shapes, generation_config, decoder=DecoderPaddedGenerator, pixels=None):
         # Past BlipForQuestionAnswering's own __init__, which would draw a second full set of random weights.
         super(BlipForQuestionAnswering, self).__init__(config)
         self.decoder_pad_token_id = config.text_config.pad_token_id
@@ -282,6 +198,9 @@ class NeuronBlipForQuestionAnswering(ChecksRequests, BlipForQuestionAnswering):
             ShortestQuestionGraph(questions, shapes) if len(questions) > 1 else questions["text_encoder"], shapes
         )
         self.text_decoder = decoder(config.text_config, graphs["text_decoder"], shapes, generation_config)
+        self.seen = None  # set it to a SeenPictures, and infer() keeps the features of pictures
+        in_one = "unrolled_answer" in graphs
+        self.one_call = OneCall(graphs, shapes, config.text_config, pixels or Pixels()) if in_one else None
         self.eval()
 
     @classmethod
@@ -301,6 +220,7 @@ class NeuronBlipForQuestionAnswering(ChecksRequests, BlipForQuestionAnswering):
             BlipShapes(**manifest["shapes"]),
             GenerationConfig.from_dict(manifest["generation_config"]),
             DECODERS[manifest["decoder"]][-1],
+            Pixels(**manifest["pixels"]) if "pixels" in manifest else None,
         )
 
     @torch.no_grad()
@@ -308,11 +228,14 @@ class NeuronBlipForQuestionAnswering(ChecksRequests, BlipForQuestionAnswering):
     def encode_image(self, pixel_values):
         """Run the image graph, once for any number of questions asked later.
 
-        pixel_values fp32 [images, 3, height, width] -> last_hidden_state fp32 [images, T, D], in the output object that
-        `generate` and `infer` take as ``image``
+        pixel_values as in `generate` -> last_hidden_state fp32 [images, T, D], in the output object that `generate` and
+        `infer` take as ``image``
         """
-        self.check_image(pixel_values)
-        return self.vision_model(pixel_values)
+        return self.vision_model(self.normalised(self.check_image(pixel_values)))
+
+    def normalised(self, images):
+        """Pictures as the image graph takes them: bytes, uint8 [images, 3, S, S], become fp32; fp32 is left alone."""
+        return self.one_call.pixels.normalise(images) if images.dtype == torch.uint8 else images
 
     @torch.no_grad()
     @on_the_host
@@ -330,42 +253,75 @@ class NeuronBlipForQuestionAnswering(ChecksRequests, BlipForQuestionAnswering):
 
         input_ids, attention_mask int64 [questions, q], q <= Q, 0 where a question is padded; pixel_values fp32
         [images, 3, height, width], or ``image``, what `encode_image` returned: one a question, or one for all; one
-        that comes several times is encoded once. Without a limit there are at most A - 1 new tokens. -> int64 [rows,
-        tokens], or what ``return_dict_in_generate`` asks for. A `ValueError` says what was not traced, or what no
-        compiled model can do."""
-        self.check_arguments(generate_kwargs)
+        that comes several times is encoded once. Without a limit there are at most A - 1 new tokens. A model with
+        unrolled steps takes the bytes of resized pictures as well, uint8 [images, 3, S, S]. -> int64 [rows, tokens], or
+        what ``return_dict_in_generate`` asks for. A `ValueError` says what was not traced, or what no compiled model
+        can do."""
+        in_one_call = self.answers_in_one_call(generate_kwargs)
+        if not in_one_call:
+            self.check_arguments(generate_kwargs)
         generate_kwargs = self.with_limit(generate_kwargs)
         images = self.check_images(pixel_values, image, interpolate_pos_encoding)
         self.check_questions(input_ids, len(images), generate_kwargs)
-        features, mask = self._encode_questions(input_ids, attention_mask, images, encoded=image is not None)
+        answer = self._answer_in_one_call if in_one_call else self._answer
+        return answer(*self.padded(input_ids, attention_mask), images, **generate_kwargs)
+
+    def padded(self, input_ids, attention_mask):
+        """Questions and their mask or None, int64 [questions, q], as the graphs take them: both int64 [questions, Q]"""
+        text = self.config.text_config
+        length, positions = self.shapes.longest_question, text.max_position_embeddings
+        return pad_question(input_ids, attention_mask, length, text.pad_token_id, positions)
+
+    def answers_in_one_call(self, generate_kwargs):
+        """Whether arguments of `generate` ask for what a graph of notebook 07 returns, where there is one."""
+        return (
+            self.one_call is not None
+            and (generate_kwargs, self.text_decoder.generation_config) in self.one_call.requests
+        )
+
+    def _answer_in_one_call(self, input_ids, attention_mask, images, max_new_tokens, **plain):
+        """K tokens of each question in a call an image; those that need more begin again with the cached decoder."""
+        tokens = [None] * len(input_ids)
+        for image, rows in rows_by_image(images, len(input_ids)):
+            question = (
+                (input_ids, attention_mask) if len(rows) == len(input_ids) else (input_ids[rows], attention_mask[rows])
+            )
+            for row, answer in zip(rows, self.one_call(*question, image, self.vision_model), strict=True):
+                tokens[row] = answer
+
+        def go_on(rows):
+            of_these = images if len(images) == 1 else images[rows]
+            return self._answer(input_ids[rows], attention_mask[rows], of_these, max_new_tokens=max_new_tokens)
+
+        return self.one_call.join(tokens, max_new_tokens, go_on)
+
+    def _answer(self, input_ids, attention_mask, images, **generate_kwargs):
+        """Hugging Face's ``generate()`` around the decoder's graph."""
         return self.text_decoder.generate(
             input_ids=torch.full((len(input_ids), 1), self.decoder_start_token_id),
             eos_token_id=self.config.text_config.sep_token_id,
             pad_token_id=self.config.text_config.pad_token_id,
-            encoder_hidden_states=features,
-            encoder_attention_mask=mask,
+            encoder_hidden_states=self.encode_questions(input_ids, attention_mask, self.normalised(images)),
+            encoder_attention_mask=attention_mask,
             **generate_kwargs,
         )
 
-    def _encode_questions(self, input_ids, attention_mask, images, encoded):
-        """What the question graph makes of each question about its image, and the padded mask, int64 [questions, Q]."""
-        text, length = self.config.text_config, self.shapes.longest_question
-        padded = pad_question(input_ids, attention_mask, length, text.pad_token_id, text.max_position_embeddings)
-        input_ids, attention_mask = padded
+    def encode_questions(self, input_ids, attention_mask, images):
+        """What the question graph makes of each question, int64 [questions, Q], about its image or its features."""
         features = [None] * len(input_ids)
         for image, rows in rows_by_image(images, len(input_ids)):
-            image_embeds = image if encoded else self.vision_model(image)[0]
+            image_embeds = image if image.dim() == 3 else self.vision_model(image)[0]
             of_image = self.text_encoder(input_ids[rows], attention_mask[rows], image_embeds)[0]
             for row, feature in zip(rows, of_image, strict=True):
                 features[row] = feature
-        return torch.stack(features), attention_mask
+        return torch.stack(features)
 
 
-def parts_to_trace(model, shapes, decoder="cached"):
+def parts_to_trace(model, shapes, decoder="cached", pixels=None):
     """The modules that are traced and example inputs for each: ``{name: (module, example_inputs)}``.
 
     The example masks are ragged: no value of theirs may end up in a graph, and a mask of ones is the likeliest to.
-    `decoder` is ``"padded"``, ``"cached"`` or ``"greedy"``, a cached one that chooses the token itself.
+    `decoder` and `pixels` are as for `trace`, which makes `pixels` of a processor.
     """
     if decoder not in DECODERS:
         raise ValueError(f"decoder is {decoder!r}; there are {', '.join(DECODERS)}")
@@ -374,33 +330,40 @@ def parts_to_trace(model, shapes, decoder="cached"):
     parts = {"vision_model": (NeuronVisionModel(model.vision_model), examples["image"])}
     for name, length in question_graphs(shapes).items():
         parts[name] = make_encoder(model), examples[f"question of {length}"]
-    return parts | {"text_decoder": (make_decoder(model.text_decoder, shapes), examples[example])}
+    parts["text_decoder"] = make_decoder(model.text_decoder, shapes), examples[example]
+    if decoder == "unrolled":
+        steps, (ids, mask, image_embeds) = shapes.unrolled_steps, examples[f"question of {shapes.longest_question}"]
+        parts["unrolled_answer"] = UnrolledAnswer(model, steps), (ids, mask, image_embeds)
+        parts["picture_answer"] = PictureAnswer(model, steps, pixels or Pixels()), (ids, mask, *examples["bytes"])
+    return parts
 
 
-def _artifact(model, shapes, decoder, greedy):
+def _artifact(model, shapes, decoder, processor):
     """The parts of a BLIP as `trace_parts` takes them, and what the manifest says of them."""
     shapes = BlipShapes() if shapes is None else shapes
-    check_model(model, shapes, decoder, greedy)
-    kind = "greedy" if greedy else decoder
+    check_model(model, shapes, decoder)
     description = {
         "shapes": asdict(shapes),
-        "decoder": kind,
+        "decoder": decoder,
         "config": model.config.to_dict(),
         "generation_config": model.text_decoder.generation_config.to_dict(),
     }
+    pixels = Pixels() if processor is None else Pixels.of(processor)
+    if decoder == "unrolled":
+        description["pixels"] = asdict(pixels)
 
     def generator(graph):
         return DECODERS[decoder][-1](model.config.text_config, graph, shapes, GenerationConfig())
 
     try:
-        parts, with_logits = parts_to_trace(model, shapes, kind), parts_to_trace(model, shapes, decoder)
+        parts = parts_to_trace(model, shapes, decoder, pixels)
     except (AttributeError, RuntimeError, TypeError) as error:
         raise ValueError(f"the model {CANNOT}: {type(error).__name__}: {error}") from error
-    return probed_parts(model, shapes, parts, with_logits, generator, BeamRows), description
+    return probed_parts(model, shapes, parts, generator, BeamRows, pixels), description
 
 
 @clean_state()
-def trace(model, directory, shapes=None, *, decoder="cached", greedy=False, dtype=torch.float32, **compiling):
+def trace(model, directory, shapes=None, *, decoder="cached", processor=None, dtype=torch.float32, **compiling):
     """Trace the parts of `model` into `directory` and load them as one model.
 
     What is there already and still valid is kept; the rest is traced, with the reason printed. What the modules answer
@@ -411,10 +374,12 @@ def trace(model, directory, shapes=None, *, decoder="cached", greedy=False, dtyp
     model : BlipForQuestionAnswering, in eval mode, fp32, on the CPU
     directory : str or Path
     shapes : BlipShapes, optional
-    decoder : {"cached", "padded"}
-        One that keeps keys and values (notebook 05), or one that computes the whole answer anew (notebook 03).
-    greedy : bool
-        Of a cached decoder: choose the token inside the graph, which returns ids and no logits.
+    decoder : {"cached", "padded", "unrolled"}
+        One that keeps keys and values (notebook 05), or one that computes the whole answer anew (notebook 03). With
+        "unrolled" (notebook 07) there are a cached one and two graphs that answer in one call; these give the most
+        likely tokens, and what is longer than ``shapes.unrolled_steps``, or asked for in another way, the cached one.
+    processor : BlipProcessor, optional
+        With "unrolled": how pictures are normalised inside the graph; by default as BLIP's own processors do.
     dtype, **compiling
         As in `trace_parts`: dtype, backend, compiler_args.
 
@@ -426,21 +391,21 @@ def trace(model, directory, shapes=None, *, decoder="cached", greedy=False, dtyp
     ------
     ValueError
         If an argument is not of the kind described here, or a trace would not answer as the model does."""
-    parts, description = _artifact(model, shapes, decoder, greedy)
+    parts, description = _artifact(model, shapes, decoder, processor)
     trace_parts(parts, directory, description, dtype=dtype, **compiling)
     return NeuronBlipForQuestionAnswering.from_pretrained(directory)
 
 
 @clean_state()
 def compile_for_inf2(
-    model, directory, shapes=None, *, decoder="cached", greedy=False, dtype=torch.float32, compiler_args=None
+    model, directory, shapes=None, *, decoder="cached", processor=None, dtype=torch.float32, compiler_args=None
 ):
     """As `trace`, on a machine with AWS's packages but without a Neuron device: compile, and load nothing.
 
     Copy `directory` to an Inf2 instance with the same versions of torch, transformers, torch-neuronx and neuronx-cc,
     and load it there with ``NeuronBlipForQuestionAnswering.from_pretrained``; `trace` keeps it as well. See
     `trace_module`."""
-    parts, description = _artifact(model, shapes, decoder, greedy)
+    parts, description = _artifact(model, shapes, decoder, processor)
     how = {"dtype": dtype, "backend": "neuron", "compiler_args": compiler_args, "cpu_backend": True}
     trace_parts(parts, directory, description, **how)
 
@@ -455,9 +420,10 @@ def infer(model, processor, text, image, *, return_scores=False, **generate_kwar
     """Ask questions about pictures: a str for a str, a list of str for a list.
 
     `model` is an original, which answers one unpadded question at a time, or a compiled one, which takes as many as
-    fit; `image` a picture as `processor` takes it, its path or URL, or a list with one a question, or what
-    ``encode_image`` of the compiled model returned. With `return_scores` an answer is a pair, the text and its
-    probability (see `probabilities`). A `ValueError` says which question is empty or too long, or which image is none.
+    fit; `image` a picture as `processor` takes it, its path, URL or bytes, or a list with one a question, or what
+    ``encode_image`` of the compiled model returned. A compiled model whose ``seen`` is a `SeenPictures` keeps the
+    features of pictures there. With `return_scores` an answer is a pair, the text and its probability (see
+    `probabilities`). A `ValueError` says which question is empty or too long, or which image is none.
     """
     together = how_many_together(model, text, generate_kwargs)
     details = {"return_dict_in_generate": True, "output_scores": True} if return_scores else {}
@@ -489,138 +455,17 @@ def verify(compiled, model, processor, examples, **generate_kwargs):
         torch.set_rng_state(drawn_from)
         (together,) = requests(compiled, processor, *asked, len(batch))
         actual = compiled.generate(**together, **limited)
+        sequences = actual.sequences  # with logits, and so of the decoder, where an answer may come from one call
+        if compiled.answers_in_one_call(generate_kwargs):
+            sequences = compiled.generate(**together, **generate_kwargs)
         for row, example in enumerate(batch):
-            ours = actual.sequences[row * returned : (row + 1) * returned]
+            ours = sequences[row * returned : (row + 1) * returned]
             logits = [step[row * each : (row + 1) * each] for step in actual.logits]
             verified = compare_answers(example, expected[row], ours, logits, compiled.config.text_config.sep_token_id)
             yield replace(verified, cut=any(compiled.was_cut(answer, generate_kwargs) for answer in verified.answers))
 
 
 # 05  Cache the decoder ------------------------------------------------------------
-
-
-def split_heads(hidden, heads):
-    """[rows, length, D] -> [rows, H, length, D / H]"""
-    return hidden.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def attend(attention, hidden, keys, values, mask):
-    """One query a row against kept keys and values: [R, 1, D] -> [R, 1, D]"""
-    query = split_heads(attention.query(hidden), keys.shape[1])
-    scores = query @ keys.transpose(-1, -2) / attention.attention_head_size**0.5 + mask
-    return (scores.softmax(dim=-1) @ values).transpose(1, 2).flatten(2)
-
-
-class CachedTextEncoder(nn.Module):
-    """The question graph for a `CachedDecoder`: not the encoded question, but what each decoder layer makes of it.
-
-    The keys and values of the decoder's cross-attention depend on the question alone: they are computed here, once.
-    """
-
-    def __init__(self, model):
-        super().__init__()
-        self.encoder = NeuronTextEncoder(model.text_encoder)
-        self.heads = model.text_decoder.config.num_attention_heads
-        attentions = [layer.crossattention.self for layer in model.text_decoder.bert.encoder.layer]
-        self.projections = nn.ModuleList(project for layer in attentions for project in (layer.key, layer.value))
-
-    def keys_and_values(self, features):
-        """fp32 [B, Q, D] -> [B, 2 L, H, Q, D / H]: keys and values of layer 0, of layer 1 ..."""
-        return torch.stack([split_heads(project(features), self.heads) for project in self.projections], dim=1)
-
-    def forward(self, input_ids, attention_mask, encoder_hidden_states):
-        """As `NeuronTextEncoder`, but -> fp32 [B, 2 L, H, Q, D / H], see `keys_and_values`"""
-        return self.keys_and_values(self.encoder(input_ids, attention_mask, encoder_hidden_states))
-
-
-class DecoderState(NamedTuple):
-    """The state of a `CachedDecoder` by its names; on Neuron its tensors lie in this order.
-
-    For each layer keys and values fp32 [R, H, Q, D / H] of the question, which the question graph made, and of the
-    answer so far, fp32 [R, H, A, D / H]; between them the question's mask, fp32 [R, Q].
-    """
-
-    question: list
-    question_mask: torch.Tensor
-    answer: list
-
-    @classmethod
-    def of(cls, tensors):
-        """The 4 L + 1 tensors of a state: keys and values of layer 0, of layer 1 ..., mask, keys and values again."""
-        middle = len(tensors) // 2
-        pairs = [list(zip(some[::2], some[1::2], strict=True)) for some in (tensors[:middle], tensors[middle + 1 :])]
-        return cls(pairs[0], tensors[middle], pairs[1])
-
-    def tensors(self):
-        """The same, one after another."""
-        return (
-            *(t for pair in self.question for t in pair),
-            self.question_mask,
-            *(t for pair in self.answer for t in pair),
-        )
-
-
-def update(kept, projected, here, earlier, beam_rows):
-    """Keys or values [R, H, A, D / H] with those of this token, [R, 1, D], in their slot and nothing behind it.
-
-    What lies beyond is replaced, not multiplied by 0: a NaN of an earlier call would survive that."""
-    kept = torch.where(earlier, kept.index_select(0, beam_rows), 0.0)
-    return torch.where(here, split_heads(projected, kept.shape[1]), kept)
-
-
-class CachedDecoder(nn.Module):
-    """The answer graph with a memory: the last token of each row in, the logits of the next one out.
-
-    ``state`` holds a `DecoderState` as Parameters. On Neuron they stay on the device from call to call
-    (``input_output_aliases``). They are registered first: there, as in AWS's T5 tutorial, a traced module's parameters
-    begin with its state.
-    """
-
-    def __init__(self, model, shapes):
-        super().__init__()
-        layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
-
-        def zeros(*size):
-            return nn.Parameter(torch.zeros(shapes.rows, *size, dtype=torch.float32), requires_grad=False)
-
-        def keys_and_values(length):
-            size = heads, length, model.config.hidden_size // heads
-            return [(zeros(*size), zeros(*size)) for _ in range(layers)]
-
-        question, answer = keys_and_values(shapes.longest_question), keys_and_values(shapes.answer_length)
-        self.state = nn.ParameterList(DecoderState(question, zeros(shapes.longest_question), answer).tensors())
-        # The same weights, without those that a CachedTextEncoder has.
-        self.decoder = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-        for layer in self.decoder.bert.encoder.layer:
-            layer.crossattention.self.key = layer.crossattention.self.value = None
-
-    def forward(self, input_ids, position, beam_rows):
-        """input_ids int64 [R, 1], position int64 [1], beam_rows int64 [R] (the row that each row goes on from)
-        -> logits fp32 [R, 1, V], and the state"""
-        state, answer = DecoderState.of([*self.state]), []
-        slots = torch.arange(state.answer[0][0].shape[2], device=input_ids.device)
-        here, earlier = (slots == position)[:, None], (slots < position)[:, None]
-        answer_mask = additive_mask((slots <= position).long()[None, None])
-        question_mask = additive_mask(state.question_mask[:, None])
-        hidden = self.decoder.bert.embeddings(input_ids=input_ids, position_ids=position[None])
-        for layer, question, kept in zip(self.decoder.bert.encoder.layer, state.question, state.answer, strict=True):
-            attention, across = layer.attention.self, layer.crossattention
-            keys = update(kept[0], attention.key(hidden), here, earlier, beam_rows)
-            values = update(kept[1], attention.value(hidden), here, earlier, beam_rows)
-            answer.append((keys, values))
-            hidden = layer.attention.output(attend(attention, hidden, keys, values, answer_mask), hidden)
-            hidden = across.output(attend(across.self, hidden, *question, question_mask), hidden)
-            hidden = layer.feed_forward_chunk(hidden)
-        return self.decoder.cls(hidden), *state._replace(answer=answer).tensors()
-
-
-class GreedyDecoder(CachedDecoder):
-    """A `CachedDecoder` that chooses the token itself: ids instead of V logits a row leave the device."""
-
-    def forward(self, input_ids, position, beam_rows):
-        """As `CachedDecoder`, but -> the most likely token int64 [R, 1], and the state"""
-        logits, *state = super().forward(input_ids, position, beam_rows)
-        return logits.argmax(dim=-1), *state
 
 
 class BeamRows(Cache):
@@ -670,23 +515,7 @@ class DecoderCachedGenerator(TakesTurns, DecoderPaddedGenerator):
         return CausalLMOutputWithCrossAttentions(logits=output.logits[:given])
 
 
-class DecoderGreedyGenerator(DecoderCachedGenerator):
-    """Around a `GreedyDecoder`: Hugging Face's ``generate()`` with the loop of `greedy_loop` in place of its own."""
-
-    returns_logits = False
-
-    def generate_in_turn(self, input_ids, streamer=None, tokenizer=None, **kwargs):
-        """As a `DecoderCachedGenerator`; what needs logits is a `ValueError`."""
-        # To a custom_generate transformers hands neither, but arguments of other names.
-        self.tokenizer = tokenizer
-        return super().generate_in_turn(
-            input_ids, custom_generate=greedy_loop, streamer=streamer, chosen_to=streamer, **kwargs
-        )
-
-    def _get_stopping_criteria(self, **kwargs):
-        return super()._get_stopping_criteria(**kwargs | {"tokenizer": self.tokenizer})
-
-
+_CACHED = (CachedTextEncoder, CachedDecoder, "last token", DecoderCachedGenerator)
 # Of each kind: what makes the modules that are traced, the name of the decoder's example inputs, what stands around it.
 DECODERS = {
     "padded": (
@@ -695,6 +524,6 @@ DECODERS = {
         "whole answer",
         DecoderPaddedGenerator,
     ),
-    "cached": (CachedTextEncoder, CachedDecoder, "last token", DecoderCachedGenerator),
-    "greedy": (CachedTextEncoder, GreedyDecoder, "last token", DecoderGreedyGenerator),
+    "cached": _CACHED,
+    "unrolled": _CACHED,  # for what one call does not give; `parts_to_trace` adds the graphs that answer in one
 }

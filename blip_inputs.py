@@ -1,16 +1,19 @@
 """What a compiled BLIP may be asked: the sizes it is traced for, and the arguments of a call."""
 
+import functools
 import operator
 import warnings
 from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 from inf2 import describe
 from transformers import BlipForQuestionAnswering, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from blip_decoding import OnTheHost
 from blip_pictures import pixel_values_of
+from blip_pixels import resized_pixels
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,16 @@ class BlipShapes:
         a call takes the smallest that fits; Q is the longest then.
     answer_length : int
         A, tokens of an answer with its start token: at most A - 1 new ones.
+    unrolled_steps : int
+        K, with ``decoder="unrolled"``: tokens that one call gives, ``[SEP]`` among them. A longer answer is given by
+        the cached decoder; a wasted step reads the decoder's weights for nothing.
     """
 
     batch_size: int = 1
     num_beams: int = 1
     question_length: int | tuple[int, ...] = 16
     answer_length: int = 24
+    unrolled_steps: int = 4
 
     def __post_init__(self):
         for field in fields(self):
@@ -65,8 +72,8 @@ class BlipShapes:
 
 
 class ChecksRequests(OnTheHost):
-    """The part of a compiled model that refuses what it was not traced for; of `self` it reads ``shapes``, ``config``
-    and the text decoder's generation settings."""
+    """The part of a compiled model that refuses what it was not traced for; of `self` it reads ``shapes``, ``config``,
+    ``one_call`` and the text decoder's generation settings."""
 
     warned = False
 
@@ -136,7 +143,8 @@ class ChecksRequests(OnTheHost):
 
     def check_image(self, pixel_values):
         check_dimensions("pixel_values", pixel_values, 4)
-        if pixel_values.dtype != torch.float32:
+        taken = (torch.float32,) if self.one_call is None else (torch.float32, torch.uint8)
+        if pixel_values.dtype not in taken:
             raise ValueError(f"pixel_values is {describe(pixel_values)}; the graph was traced for float32: pass that")
         return pixel_values
 
@@ -239,23 +247,50 @@ SET_BY_THE_MODEL = ("encoder_attention_mask", "encoder_hidden_states", "eos_toke
 def requests(model, processor, text, image, together):
     """What `infer` is given, as inputs of ``generate()``: yields a dict for each call, of so many questions `together`.
 
-    Both models get what Hugging Face's processor makes, except that padding is on the right."""
+    Both models get what Hugging Face's processor makes, except that padding is on the right, that a picture which all
+    questions share comes once, and that a graph which takes a picture's bytes gets them before they are normalised."""
     questions, images, encoded = pair_up(model, text, image)
     token_ids = [question_tokens(processor, question) for question in questions]
-    pixels = {}
+    seen = None if encoded else getattr(model, "seen", None)
+    pixels_of, ready = pixels_for(model, processor), {}
+
+    def prepared(picture):
+        if encoded:
+            return picture[None]
+        if seen is None:
+            return pixels_of(picture)
+        return seen.features(picture, lambda new: model.encode_image(pixels_of(new)).last_hidden_state)
+
     for start in range(0, len(questions), together):
         batch = slice(start, start + together)
         padded = processor.tokenizer.pad({"input_ids": token_ids[batch]}, padding_side="right", return_tensors="pt")
-        inputs = {"input_ids": padded.input_ids, "attention_mask": padded.attention_mask}
-        if encoded:
-            yield inputs | {"image": BaseModelOutputWithPooling(last_hidden_state=torch.stack(images[batch]))}
-            continue
         # A picture that was in the batch before is not processed again; others are forgotten.
-        pixels = {id(picture): pixels.get(id(picture)) for picture in images[batch]}
+        ready = {id(picture): ready.get(id(picture)) for picture in images[batch]}
         for picture in images[batch]:
-            if pixels[id(picture)] is None:
-                pixels[id(picture)] = pixel_values_of(processor, picture)
-        yield inputs | {"pixel_values": torch.cat([pixels[id(picture)] for picture in images[batch]])}
+            if ready[id(picture)] is None:
+                ready[id(picture)] = prepared(picture)
+        pictures = [ready[id(picture)] for picture in images[batch]] if len(ready) > 1 else [*ready.values()]
+        if len({tensor.dtype for tensor in pictures}) > 1:
+            pictures = [model.normalised(tensor) for tensor in pictures]
+        pictures = torch.cat(pictures) if len(pictures) > 1 else pictures[0]
+        inputs = {"input_ids": padded.input_ids, "attention_mask": padded.attention_mask}
+        if encoded or seen is not None:
+            yield inputs | {"image": BaseModelOutputWithPooling(last_hidden_state=pictures)}
+        else:
+            yield inputs | {"pixel_values": pictures}
+
+
+def pixels_for(model, processor):
+    """What makes the pixels of a picture for a model: bytes where it takes them and normalises as the processor."""
+    one_call = getattr(model, "one_call", None)
+    if one_call is None or not one_call.pixels.are_those_of(processor):
+        return functools.partial(pixel_values_of, processor)
+
+    def as_bytes(picture):
+        pixels = resized_pixels(processor, picture)
+        return pixel_values_of(processor, picture) if pixels is None else pixels
+
+    return as_bytes
 
 
 def pair_up(model, text, image):
@@ -293,12 +328,10 @@ def how_many_together(model, text, generate_kwargs):
     return together
 
 
-def check_model(model, shapes, decoder, greedy):
+def check_model(model, shapes, decoder):
     """Raise a `ValueError` unless it is a model, and a kind of decoder, that can be traced."""
-    if decoder not in ("cached", "padded"):
-        raise ValueError(f"decoder is {decoder!r}; there are 'cached' and 'padded'")
-    if greedy and decoder != "cached":
-        raise ValueError("greedy=True chooses the token inside a cached decoder: pass decoder='cached' with it")
+    if decoder not in ("cached", "padded", "unrolled"):
+        raise ValueError(f"decoder is {decoder!r}; there are 'cached', 'padded' and 'unrolled'")
     if not isinstance(model, BlipForQuestionAnswering) or isinstance(model, ChecksRequests):
         raise ValueError(f"model is a {type(model).__name__}: pass a BlipForQuestionAnswering that is not compiled")
     if model.decoder_start_token_id != model.config.text_config.bos_token_id:
@@ -308,6 +341,11 @@ def check_model(model, shapes, decoder, greedy):
         )
     if not isinstance(shapes, BlipShapes):
         raise ValueError(f"shapes is a {type(shapes).__name__}: pass BlipShapes(...)")
+    if decoder == "unrolled" and shapes.unrolled_steps >= shapes.answer_length:
+        raise ValueError(
+            f"unrolled_steps is {shapes.unrolled_steps}; answer_length={shapes.answer_length} allows "
+            f"{shapes.answer_length - 1} new tokens: unroll at most as many"
+        )
     check_weights_to_trace(model)
     if any(module.training for module in model.modules()):
         raise ValueError("the model is in training mode, a trace would keep its dropout: call model.eval() first")
@@ -382,6 +420,10 @@ def pad_question(input_ids, attention_mask, question_length, pad_token_id=0, pos
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     check_tokens(input_ids, attention_mask)
+    missing = question_length - input_ids.shape[1]
+    if 0 <= missing < question_length and len(input_ids) and attention_mask.all():  # the usual one, with the least work
+        ones = torch.ones_like(input_ids, dtype=torch.int64)
+        return F.pad(input_ids, (0, missing), value=pad_token_id), F.pad(ones, (0, missing))
     attention_mask = (attention_mask != 0).long()
     tokens = attention_mask.sum(dim=1)
     if not tokens.all() or not len(tokens) or not input_ids.shape[1]:

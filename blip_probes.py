@@ -17,12 +17,16 @@ class Probes:
     ----------
     model : BlipForQuestionAnswering
     shapes : BlipShapes
+    pixels : Pixels
+    unrolled : bool
+        Whether there are graphs that answer in one call.
 
     Attributes
     ----------
     answers : dict of str to list of Tensor
         For ``vision_model`` image tokens [1, T, D], for ``text_encoder`` features [1, q, D] of questions from one token
-        to Q, for ``text_decoder`` logits [1, A - 1, V] at every position of given answers.
+        to Q, for ``text_decoder`` logits [1, A - 1, V] at every position of given answers. For ``unrolled_answer`` and
+        ``picture_answer`` logits [1, K, V] of the answers to these questions, 0 behind their end.
 
     Raises
     ------
@@ -30,7 +34,7 @@ class Probes:
         If ``generate()`` of the model makes something else of its three parts than Hugging Face's.
     """
 
-    def __init__(self, model, shapes):
+    def __init__(self, model, shapes, pixels, unrolled):
         self.model, self.shapes = without_settings(model), shapes
         text, vision = model.config.text_config, model.config.vision_config
         # Each kind has numbers of its own: other shapes of one part are no other probes of another.
@@ -52,6 +56,10 @@ class Probes:
             "text_encoder": [self._encode(question, self.image_embeds) for question in self.questions],
             "text_decoder": [self._decode(*pair) for pair in zip(self.features, self.tokens, strict=True)],
         }
+        if unrolled:
+            self.bytes = torch.randint(256, picture.shape, generator=see, dtype=torch.uint8)
+            seen = {"unrolled_answer": self.image_embeds, "picture_answer": self._see(pixels.normalise(self.bytes))}
+            self.answers |= {name: [self._answer(q, embeds) for q in self.questions] for name, embeds in seen.items()}
         self._check_generate()
 
     def _see(self, picture):
@@ -88,6 +96,12 @@ class Probes:
             raise ValueError(f"text_decoder: its generate() returns other tokens than it is led along: {REMEDY}")
         return torch.stack(made.logits, dim=1)
 
+    def _answer(self, question, image_embeds):
+        """Logits [1, K, V] of up to K tokens that it chooses itself."""
+        steps = self.shapes.unrolled_steps
+        logits = torch.stack(self._generate(self._encode(question, image_embeds), steps).logits, dim=1)
+        return F.pad(logits, (0, 0, 0, steps - logits.shape[1]))
+
     def _check_generate(self):
         question, picture = self.questions[-1], self.pictures[0]
         most = min(3, self.shapes.answer_length - 1)
@@ -107,6 +121,21 @@ class Probes:
 
         Different questions go together, as far as there are, so that none may change another's answer.
         """
+        for i, ours in self._asked(graph, example, self.image_embeds):
+            tokens, own = self.questions[i].shape[1], for_decoder(self.answers["text_encoder"][i])[0]
+            yield ours.narrow(-2, 0, tokens), own, f" for a question of {tokens} tokens"
+
+    def of_answer(self, name, graph, example):
+        """As `of_text_encoder`, of a graph that returns tokens: each has to be as good as the best, if not the same."""
+        image = self.image_embeds if name == "unrolled_answer" else self.bytes
+        for i, tokens in self._asked(graph, example, image):
+            for step, (token, own) in enumerate(zip(tokens, self.answers[name][i][0], strict=True)):
+                yield own[token], own.max(), f" at position {step}"
+                if token != own.argmax() or token == self.model.config.text_config.sep_token_id:
+                    break
+
+    def _asked(self, graph, example, image):
+        """Yields the number of each question that fits, and its row of what a graph answers about `image`."""
         rows, length = example.shape
         asked = [i for i, question in enumerate(self.questions) if question.shape[1] <= length]
         for start in range(0, len(asked), rows):
@@ -114,10 +143,7 @@ class Probes:
             lengths = [self.questions[i].shape[1] for i in batch]
             padded = [F.pad(self.questions[i], (0, length - n)) for i, n in zip(batch, lengths, strict=True)]
             mask = (torch.arange(length) < torch.tensor(lengths)[:, None]).long()
-            answers = graph(torch.cat(padded), mask, self.image_embeds)
-            for i, n, ours in zip(batch, lengths, answers, strict=True):
-                own = for_decoder(self.answers["text_encoder"][i])[0]
-                yield ours.narrow(-2, 0, n), own, f" for a question of {n} tokens"
+            yield from zip(batch, graph(torch.cat(padded), mask, image), strict=True)
 
     def of_text_decoder(self, decoder, for_decoder, cache):
         """As `of_vision_model`, of what stands in for the text decoder, at each position of an answer."""
@@ -133,8 +159,6 @@ class Probes:
                 so_far = tokens[:, : position + 1]
                 ours = decoder(**decoder.prepare_inputs_for_generation(so_far, **inputs)).logits[:, -1]
                 own = torch.cat([self.answers["text_decoder"][i][:, position] for i in batch])
-                if ours.dim() == 1:  # the chosen tokens: as good as the best, if not the same
-                    ours, own = own.gather(1, ours[:, None]), own.max(dim=1, keepdim=True).values
                 yield ours, own, f" at position {position}"
 
 
@@ -146,14 +170,13 @@ def without_settings(model):
     return plain
 
 
-def probed_parts(model, shapes, parts, with_logits, generator, cache):
+def probed_parts(model, shapes, parts, generator, cache, pixels):
     """The parts of a BLIP as `trace_parts` takes them, each with the model's own answers and a check against them.
 
-    `parts` is what `parts_to_trace` returned, and `with_logits` the same with a decoder that returns logits, of which
-    every number can be compared. `generator` makes of a decoder, or its graph, what stands in for the text decoder, and
-    `cache` of a number of rows what its ``generate()`` begins with.
+    `parts` is what `parts_to_trace` returned with `pixels`. `generator` makes of a decoder, or its graph, what stands
+    in for the text decoder, and `cache` of a number of rows what its ``generate()`` begins with.
     """
-    probes = Probes(model, shapes)
+    probes = Probes(model, shapes, pixels, "unrolled_answer" in parts)
     encoder = next(module for name, (module, _) in parts.items() if name.startswith("text_encoder"))
     for_decoder = getattr(encoder, "keys_and_values", lambda features: features)
 
@@ -161,10 +184,11 @@ def probed_parts(model, shapes, parts, with_logits, generator, cache):
         def check(graph):
             if name == "vision_model":
                 pairs = probes.of_vision_model(graph)
+            elif name in ("unrolled_answer", "picture_answer"):
+                pairs = probes.of_answer(name, graph, example)
             elif name != "text_decoder":
                 pairs = probes.of_text_encoder(graph, example, for_decoder)
             else:
-                graph = with_logits[name][0] if graph is module else graph
                 keeping = KeepState(graph, state_aliases(graph)) if state_of(graph) else graph  # as a traced one does
                 pairs = probes.of_text_decoder(generator(keeping), for_decoder, cache)
             try:

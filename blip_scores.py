@@ -11,11 +11,6 @@ from blip_inputs import ChecksRequests, question_tokens, requests, whole_number
 ONE_ROW = {"num_beams": 1, "num_return_sequences": 1}
 
 
-def check_logits(model):
-    if not getattr(model.text_decoder, "returns_logits", True):
-        raise ValueError("a score takes logits, and this decoder returns the chosen token: trace with greedy=False")
-
-
 def probabilities(model, output):
     """The probability of each answer, a float a row: that of its tokens, one after another, [SEP] among them.
 
@@ -57,8 +52,6 @@ def rank_answers(model, processor, text, image, candidates, k=128):
     ValueError
         If a candidate is empty or longer than the traced answer, or an argument is not of the kind described here.
     """
-    if isinstance(model, ChecksRequests):
-        check_logits(model)
     if not isinstance(candidates, list | tuple) or not candidates:
         raise ValueError(f"candidates is {candidates!r}: pass a list of one str or more")
     k = min(whole_number("k", k), len(candidates))
@@ -101,8 +94,8 @@ def decoder_of(model, inputs):
         ).logits[:, :-1]
     images = model.check_images(inputs.get("pixel_values"), inputs.get("image"), False)
     model.check_questions(inputs["input_ids"], len(images), ONE_ROW)
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    features, mask = model._encode_questions(ids, mask, images, encoded="image" in inputs)
+    ids, mask = model.padded(inputs["input_ids"], inputs["attention_mask"])
+    features = model.encode_questions(ids, mask, model.normalised(images))
 
     def logits_of(answers):
         return model.text_decoder.generate(

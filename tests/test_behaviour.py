@@ -208,11 +208,11 @@ def test_a_hook_that_a_cached_decoder_would_lose_is_refused_with_the_difference(
         trace(model, tmp_path, TINY_SHAPES)
 
 
-def test_what_a_greedy_decoder_would_lose_is_refused_although_no_probe_chooses_it(tmp_path):
+def test_what_a_decoder_that_returns_tokens_would_lose_is_refused_although_no_probe_chooses_it(tmp_path):
     model = make_tiny_blip()
     lower_one_token(model)
     with pytest.raises(ValueError, match="text_decoder"):
-        trace(model, tmp_path, TINY_SHAPES, greedy=True)
+        trace(model, tmp_path, TINY_SHAPES, decoder="unrolled")
 
 
 def test_a_refused_trace_leaves_an_artifact_that_is_not_loaded(tmp_path):

@@ -1,4 +1,4 @@
-"""benchmarks/compare.py runs; what it measures decides no test."""
+"""The benchmarks run; what they measure decides no test."""
 
 import json
 import subprocess
@@ -31,3 +31,30 @@ def test_bad_arguments_are_named():
         (["--answer-length", "3"], "--answer-length is 3"),
     ):
         assert message in compare(*arguments).stderr
+
+
+def host(*arguments):
+    command = [sys.executable, ROOT / "benchmarks" / "host.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+def test_the_time_of_the_host_is_split():
+    done = host("--rounds", "3", "--pictures", "640x480", "--questions", "1")
+    assert done.returncode == 0, done.stderr
+    written = json.loads((ROOT / "build" / "benchmark" / "host.json").read_text())
+    whole = [row for row in written["rows"] if "whole" in row]
+    assert {row["as"] for row in whole} == {"decoded", "JPEG"}
+    assert {"Hugging Face", "cached, new", "cached, seen"} <= {row["name"] for row in whole}
+    for row in whole:
+        assert row["name"] in done.stdout
+        parts = sum(row[part] for part in ("picture", "tokenizer", "generate", "rest"))
+        assert abs(parts - row["whole"]) < 1e-6 and row["picture, CPU"] > 0
+
+
+def test_bad_arguments_of_the_host_are_named():
+    for arguments, message in (
+        (["--rounds", "2"], "--rounds is 2"),
+        (["--pictures", "1x1"], "--pictures is 1x1"),
+        (["--questions", "2"], "--questions is 2"),
+    ):
+        assert message in host(*arguments).stderr

@@ -85,8 +85,8 @@ def generate_eagerly(model, ids, mask, pixels, **generate_kwargs):
 
 
 @pytest.fixture(scope="module")
-def greedy(tiny, tmp_path_factory):
-    return trace(tiny, tmp_path_factory.mktemp("greedy"), TINY_SHAPES, greedy=True)
+def unrolled(tiny, tmp_path_factory):
+    return trace(tiny, tmp_path_factory.mktemp("unrolled"), TINY_SHAPES, decoder="unrolled")
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +151,8 @@ class Recorder(TextStreamer):
         self.ended = True
 
 
-def test_a_streamer_hears_every_token(compiled, greedy):
-    for model in (compiled, greedy):
+def test_a_streamer_hears_every_token(compiled, unrolled):
+    for model in (compiled, unrolled):
         (question,), recorder = make_questions([6]), Recorder()
         answer = model.generate(question, make_pixels(1), streamer=recorder)
         assert recorder.heard == answer[0].tolist() and recorder.ended
@@ -175,7 +175,7 @@ def poison(model, value):
             parameter.fill_(value)
 
 
-@pytest.mark.parametrize("kind", ["cached", "greedy"])
+@pytest.mark.parametrize("kind", ["cached", "unrolled"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30])
 def test_an_answer_depends_on_no_earlier_call(request, tiny, kind, value):
     model, questions = request.getfixturevalue(kind), make_questions([5, 8], seed=9)
@@ -324,8 +324,8 @@ def test_rows_of_the_models_own_settings_count(own_settings, processor):
     ],
     ids=str,
 )
-def test_what_no_graph_can_do_is_a_value_error(compiled, greedy, settings):
-    for model in (compiled, greedy):
+def test_what_no_graph_can_do_is_a_value_error(compiled, unrolled, settings):
+    for model in (compiled, unrolled):
         with refused("nothing that a compiled model can do"):
             model.generate(*make_questions([4]), make_pixels(1), **settings)
 
@@ -431,29 +431,25 @@ def test_no_argument_of_generate_is_forgotten():
 
 
 @pytest.mark.parametrize("name", EQUAL)
-def test_an_argument_of_generate_equals_eager_or_is_a_value_error(compiled, greedy, tiny, name):
+def test_an_argument_of_generate_equals_eager(compiled, unrolled, tiny, name):
     questions, pixels = make_questions([6, 8], seed=23), make_pixels(2, seed=23)
     limit = {} if name in ("max_length", "max_new_tokens", "generation_config") else LIMIT
     for value in EQUAL[name]:
         for question, image in zip(questions, pixels, strict=True):
             answers = []
-            for model, settings in ((tiny, limit), (compiled, {}), (greedy, {})):
+            for model, settings in ((tiny, limit), (compiled, {}), (unrolled, {})):
                 torch.manual_seed(6)
-                try:
-                    answer = model.generate(question, image[None], **settings, **{name: value})
-                except ValueError as error:
-                    assert model is greedy and "greedy=False" in str(error) and "\n" not in str(error)
-                    continue
+                answer = model.generate(question, image[None], **settings, **{name: value})
                 answers.append(getattr(answer, "sequences", answer).tolist())
-            assert len(answers) >= 2 and answers == answers[:1] * len(answers)
+            assert answers == answers[:1] * 3
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_an_argument_of_generate_that_no_graph_can_do_is_a_value_error(compiled, greedy, name, monkeypatch):
+def test_an_argument_of_generate_that_no_graph_can_do_is_a_value_error(compiled, unrolled, name, monkeypatch):
     if name not in ("nonsense", "stop_strings"):  # transformers refuses these
         monkeypatch.setattr(VisionModelWrapper, "forward", lambda *args: pytest.fail("began to answer"))
     for value in REFUSED[name]:
-        for model in (compiled, greedy):
+        for model in (compiled, unrolled):
             with refused(name if name != "stop_strings" else "tokenizer") as error:
                 model.generate(*make_questions([4]), make_pixels(1), **{name: value})
             assert "\n" not in str(error.value)
@@ -466,18 +462,18 @@ def test_a_tokenizer_stops_every_decoder_at_a_string(tmp_path):
     settings = {"stop_strings": [" and", "a "], "tokenizer": processor.tokenizer}
     expected = model.generate(**inputs, max_new_tokens=23, **settings)
     assert expected.shape[1] < model.generate(**inputs, max_new_tokens=23).shape[1]
-    for how in ({"decoder": "padded"}, {}, {"greedy": True}):
+    for how in ({"decoder": "padded"}, {}, {"decoder": "unrolled"}):
         compiled = trace(model, tmp_path / str(how), BlipShapes(), **how)
         assert torch.equal(compiled.generate(**inputs, **settings), expected)
 
 
-def test_a_streamer_hears_one_answer_at_a_time(compiled, greedy, processor, tiny):
+def test_a_streamer_hears_one_answer_at_a_time(compiled, unrolled, processor, tiny):
     from PIL import Image
 
     picture, texts = Image.new("RGB", (40, 30), "red"), ["what is this ?", "where", "a b c"]
     expected = Recorder()
     infer(tiny, processor, texts, picture, streamer=expected, **LIMIT)
-    for model in (compiled, greedy):
+    for model in (compiled, unrolled):
         recorder = Recorder()
         infer(model, processor, texts, picture, streamer=recorder)
         assert recorder.heard == expected.heard
@@ -519,8 +515,8 @@ NEVER = {
 
 
 @pytest.mark.parametrize("what", [*KEPT, *NEVER])
-def test_a_compiled_model_stays_what_it_is(compiled, greedy, what):
-    for model in (compiled, greedy):
+def test_a_compiled_model_stays_what_it_is(compiled, unrolled, what):
+    for model in (compiled, unrolled):
         asked = make_questions([6])[0], make_pixels(1)
         expected = model.generate(*asked)
         if what in KEPT:
@@ -682,43 +678,6 @@ def test_a_decoded_token_costs_little_more_than_its_matrices(full_size, answer_l
     assert 2 * matrices <= counted <= 1.05 * 2 * matrices
 
 
-# Tokens chosen in the graph
-
-
-def test_tokens_chosen_in_the_graph_equal_eager(greedy, tiny):
-    questions, pixels = make_questions(LENGTHS, seed=16), make_pixels(6, seed=17)
-    ids, mask = pad(questions)
-    expected = generate_eagerly(tiny, ids, mask, pixels)
-    assert torch.equal(greedy.generate(ids, pixels, mask), expected)
-    output = greedy.generate(ids, pixels, mask, return_dict_in_generate=True)
-    assert torch.equal(output.sequences, expected)
-    limited = greedy.generate(ids, pixels, mask, max_new_tokens=2)
-    assert torch.equal(limited, generate_eagerly(tiny, ids, mask, pixels, max_new_tokens=2))
-    stopped = {"stopping_criteria": [StopAfterThree()]}
-    assert torch.equal(
-        greedy.generate(ids, pixels, mask, **stopped), generate_eagerly(tiny, ids, mask, pixels, **stopped)
-    )
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"do_sample": True},
-        {"num_beams": 2},
-        {"repetition_penalty": 1.2},
-        {"min_new_tokens": 3},
-        {"output_scores": True, "return_dict_in_generate": True},
-        {"output_logits": True, "return_dict_in_generate": True},
-        {"num_return_sequences": 2, "do_sample": True},
-        {"bad_words_ids": [[5]]},
-    ],
-    ids=str,
-)
-def test_what_needs_logits_is_a_value_error_that_names_the_remedy(greedy, settings):
-    with refused("greedy=False"):
-        greedy.generate(*make_questions([5]), make_pixels(1), **settings)
-
-
 # Several question lengths
 
 
@@ -807,8 +766,7 @@ def test_bf16_rounds_what_the_compilers_flags_say(tiny):
         ({"dtype": torch.float16}, "dtype is torch.float16"),
         ({"dtype": "bfloat16"}, "dtype is 'bfloat16'"),
         ({"dtype": torch.bfloat16, "compiler_args": "--optlevel 1"}, "not both"),
-        ({"decoder": "padded", "greedy": True}, "greedy=True"),
-        ({"decoder": "fast"}, "'cached' and 'padded'"),
+        ({"decoder": "fast"}, "'cached', 'padded' and 'unrolled'"),
     ],
 )
 def test_arguments_of_trace_that_do_not_fit_are_value_errors(tiny, tmp_path, arguments, message):
@@ -817,7 +775,7 @@ def test_arguments_of_trace_that_do_not_fit_are_value_errors(tiny, tmp_path, arg
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("change", [{"dtype": torch.bfloat16}, {"decoder": "padded"}, {"greedy": True}], ids=str)
+@pytest.mark.parametrize("change", [{"dtype": torch.bfloat16}, {"decoder": "padded"}], ids=str)
 def test_another_kind_is_traced_again(tiny, artifact, capsys, change):
     trace(tiny, artifact, TINY_SHAPES, **change)
     said = capsys.readouterr().out

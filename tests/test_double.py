@@ -441,7 +441,7 @@ def expected(tiny):
     return cut(answer_eagerly(tiny, QUESTIONS, PIXELS, max_new_tokens=TINY_SHAPES.answer_length - 1))
 
 
-WAYS = {"padded": {"decoder": "padded"}, "cached": {}, "greedy": {"greedy": True}}
+WAYS = {"padded": {"decoder": "padded"}, "cached": {}, "unrolled": {"decoder": "unrolled"}}
 IN_A_FRESH_PROCESS = """
 import json, sys, torch
 from conftest import cut, make_pixels, make_questions, pad

@@ -18,7 +18,6 @@ from blip_helpers import (
     parts_to_trace,
     probabilities,
     rank_answers,
-    trace,
 )
 from models.scenes import examples
 
@@ -256,11 +255,3 @@ def test_questions_and_pictures_are_checked_as_in_infer(compiled, processor):
     ]:
         with pytest.raises(ValueError, match=match):
             rank_answers(compiled, processor, question, image, CANDIDATES)
-
-
-def test_a_decoder_that_returns_no_logits_gives_no_score(tiny, processor, tmp_path):
-    greedy = trace(tiny, tmp_path, TINY_SHAPES, greedy=True)
-    with pytest.raises(ValueError, match="greedy=False"):
-        rank_answers(greedy, processor, QUESTIONS[0], PICTURES[0], CANDIDATES)
-    with pytest.raises(ValueError, match="greedy=False"):
-        infer(greedy, processor, QUESTIONS[0], PICTURES[0], return_scores=True)

@@ -47,9 +47,10 @@ def test_a_cell_that_fails_ends_it_and_the_page_shows_what_came_before(series, t
     assert path.read_bytes() == before
 
 
-def test_a_notebook_shows_or_explains_every_class_and_function_of_the_helper():
+@pytest.mark.parametrize("module", ["blip_graphs.py", "blip_helpers.py"])
+def test_a_notebook_shows_or_explains_every_class_and_function_of_the_helper(module):
     cells = [cell for path in (ROOT / "notebooks").glob("*.ipynb") for cell in nbformat.read(path, as_version=4).cells]
     text = "\n".join(cell.source for cell in cells)
-    helper = ast.parse((ROOT / "blip_helpers.py").read_text())
+    helper = ast.parse((ROOT / module).read_text())
     defined = [node.name for node in helper.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     assert defined and [name for name in defined if not re.search(rf"\b{name}\b", text)] == []

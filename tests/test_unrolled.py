@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from blip_helpers import (
     MODELS,
     BlipShapes,
+    PictureAnswer,
+    UnrolledAnswer,
     check_module,
     count_cost,
     example_inputs,
@@ -25,11 +27,11 @@ from blip_helpers import (
     parts_to_trace,
     trace_module,
 )
-from blip_unrolled import PictureAnswer, UnrolledAnswer
+from blip_one_call import Pixels
 from models.make_base import make_model
 from models.scenes import examples
 
-B, Q = TINY_SHAPES.batch_size, TINY_SHAPES.question_length
+B, Q, PIXELS = TINY_SHAPES.batch_size, TINY_SHAPES.question_length, Pixels()
 
 
 @pytest.fixture(autouse=True)
@@ -44,20 +46,29 @@ def unrolled(answers, steps, pad_token_id=0):
 
 
 def tiny_call(lengths, seed):
-    """Questions of these lengths and one picture: padded ids and mask, pixels, the questions"""
-    questions = make_questions(lengths, seed)
-    return *pad(questions, Q), make_pixels(1, seed), questions
+    """Questions of these lengths and one picture: padded ids and mask, its bytes, the questions"""
+    questions, generator = make_questions(lengths, seed), torch.Generator().manual_seed(seed)
+    pixels = torch.randint(256, make_pixels(1).shape, generator=generator, dtype=torch.uint8)
+    return *pad(questions, Q), pixels, questions
+
+
+def make_answer(kind, model, steps):
+    return UnrolledAnswer(model, steps) if kind is UnrolledAnswer else PictureAnswer(model, steps, PIXELS)
 
 
 def traced_inputs(model, kind):
     """What a graph of the tiny model is traced on."""
     of_kind = example_inputs(model, TINY_SHAPES)
     ids, mask, image_embeds = of_kind[f"question of {Q}"]
-    return ids, mask, image_embeds if kind is UnrolledAnswer else of_kind["image"][0]
+    return ids, mask, image_embeds if kind is UnrolledAnswer else of_kind["bytes"][0]
 
 
 def image_for(kind, model, pixels):
-    return model.vision_model(pixels).last_hidden_state if kind is UnrolledAnswer else pixels
+    return features_of(model, pixels) if kind is UnrolledAnswer else pixels
+
+
+def features_of(model, pixels):
+    return model.vision_model(PIXELS.normalise(pixels)).last_hidden_state
 
 
 # Answers
@@ -90,27 +101,28 @@ def test_200_held_out_answers_equal_eager(held_out, steps):
 )
 def test_ragged_questions_about_a_picture_equal_eager_one_at_a_time(tiny, lengths, steps, seed):
     ids, mask, pixels, questions = tiny_call(lengths, seed)
-    expected = answer_eagerly(tiny, questions, pixels.expand(len(lengths), -1, -1, -1), max_new_tokens=steps)
+    pixel_values = PIXELS.normalise(pixels).expand(len(lengths), -1, -1, -1)
+    expected = answer_eagerly(tiny, questions, pixel_values, max_new_tokens=steps)
     with torch.no_grad():
-        tokens = PictureAnswer(tiny, steps)(ids, mask, pixels)
+        tokens = PictureAnswer(tiny, steps, PIXELS)(ids, mask, pixels)
     assert tokens.dtype == torch.int64 and tokens.tolist() == unrolled(expected, steps)
 
 
 def test_one_call_with_pixels_is_the_two_calls_with_features(tiny):
     ids, mask, pixels, _ = tiny_call([1, 6, Q], seed=3)
-    features = tiny.vision_model(pixels).last_hidden_state
-    assert torch.equal(PictureAnswer(tiny, 6)(ids, mask, pixels), UnrolledAnswer(tiny, 6)(ids, mask, features))
+    features = features_of(tiny, pixels)
+    assert torch.equal(PictureAnswer(tiny, 6, PIXELS)(ids, mask, pixels), UnrolledAnswer(tiny, 6)(ids, mask, features))
 
 
 def test_what_stands_behind_a_question_changes_nothing(tiny):
     ids, mask, pixels, _ = tiny_call([2, 5, 9], seed=4)
-    graph = PictureAnswer(tiny, 6)
+    graph = PictureAnswer(tiny, 6, PIXELS)
     assert torch.equal(graph(ids, mask, pixels), graph(ids.where(mask == 1, 20), mask, pixels))
 
 
 @pytest.mark.parametrize("kind", [UnrolledAnswer, PictureAnswer])
 def test_traced_it_answers_as_the_module_does(tiny, kind):
-    module = kind(tiny, 6)
+    module = make_answer(kind, tiny, 6)
     graph = trace_module(module, traced_inputs(tiny, kind))
     seen = set()
     for seed, lengths in enumerate([[1, 6, Q], [3, 3, 3], [Q, Q, Q]]):
@@ -125,7 +137,7 @@ def test_traced_it_answers_as_the_module_does(tiny, kind):
 def test_the_check_finds_nothing(tiny):
     calls = [traced_inputs(tiny, PictureAnswer)]
     calls += [tiny_call(lengths, seed)[:3] for seed, lengths in enumerate([[1, 6, Q], [Q, Q, Q]])]
-    checked = check_module(PictureAnswer(tiny, 4), calls)  # the other graph is inside
+    checked = check_module(PictureAnswer(tiny, 4, PIXELS), calls)  # the other graph is inside
     assert checked.findings == () and checked.difference == 0
 
 
@@ -156,9 +168,11 @@ def test_it_costs_no_more_than_the_cached_way_and_moves_ids_alone(full_size, que
         image, question, step = (count_cost(*parts[name]) for name in ("vision_model", "text_encoder", "text_decoder"))
         ids, mask, image_embeds = parts["text_encoder"][1]
         one = count_cost(UnrolledAnswer(full_size, steps), (ids, mask, image_embeds))
-        whole = count_cost(PictureAnswer(full_size, steps), (ids, mask, *parts["vision_model"][1]))
+        pixels = parts["vision_model"][1][0].byte()
+        whole = count_cost(PictureAnswer(full_size, steps, PIXELS), (ids, mask, pixels))
     assert one.flops <= 1.02 * (question.flops + steps * step.flops)
     assert whole.flops == image.flops + one.flops
+    assert whole.inputs == 2 * 8 * questions * 16 + pixels.numel()
     assert (one.state, one.outputs) == (0, 8 * questions * steps)
 
 
