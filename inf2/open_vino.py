@@ -279,10 +279,11 @@ class Compiled:
 
 def compiled_for(network, weights, state):
     """What was compiled of an IR: kept with its network, and gone with it."""
-    with _turns:
-        if not hasattr(network, "compiled"):
-            network.compiled = Compiled(network, weights, state)
-        return network.compiled
+    if not hasattr(network, "compiled"):
+        with _turns:
+            if not hasattr(network, "compiled"):
+                network.compiled = Compiled(network, weights, state)
+    return network.compiled
 
 
 def compile_loaded(traced):
