@@ -106,7 +106,7 @@ def report(arguments):
     equal = sum(row.actual == row.expected for row in verified)
     part = manifest["parts"]["vision_model"]
     rows = [
-        ("ran on", bh.what_runs_here() if manifest["backend"] == "neuron" else "CPU stand-in for Neuron"),
+        ("ran on", bh.what_runs_here(manifest["backend"])),
         ("host", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in part["versions"].items())),
         ("shapes", ", ".join(f"{name} {value}" for name, value in manifest["shapes"].items())),

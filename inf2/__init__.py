@@ -1,8 +1,8 @@
 """Any PyTorch module, rehearsed for AWS Inferentia2 (Inf2) on a CPU: traced, kept on disk, lowered, checked, counted.
 
 ``python -m inf2 check FILE.py:FUNCTION`` checks modules from the command line. Each module here has one subject and
-imports only those that stand above it: process, tensors, files, rounding, stand_in, tracing, artifact, hlo, messages,
-recording (which runs in a child process alone), lowering, rules, checks, cost, table, notebook.
+imports only those that stand above it: process, tensors, files, rounding, stand_in, open_vino, tracing, artifact, hlo,
+messages, recording (which runs in a child process alone), lowering, rules, checks, cost, table, notebook.
 """
 
 from inf2.artifact import Part, load_parts, read_manifest, trace_parts

@@ -63,7 +63,8 @@ def trace_parts(
     description : dict
         What JSON can write, for whoever loads the parts: it stands in the manifest.
     dtype : {torch.float32, torch.bfloat16}
-        What matrices are multiplied in: the compiler's flags say it, and the stand-in imitates them.
+        What matrices are multiplied in: the compiler's flags say it, and the stand-in imitates them. OpenVINO computes
+        all else in it, too.
     backend, compiler_args, cpu_backend
         As in `trace_module`.
 
@@ -110,7 +111,7 @@ def _trace_what_is_missing(parts, directory, manifest, wanted, how):
         if reasons[name]:
             traced = trace_module(part.module, part.example_inputs, input_output_aliases=part.aliases, **how)
             save_traced(traced, directory / f"{name}.pt")
-            if part.check and how["backend"] == "cpu" and ImitatedAutoCast(how["compiler_args"]).cast == "none":
+            if part.check and how["backend"] != "neuron" and ImitatedAutoCast(how["compiler_args"]).cast == "none":
                 part.check(traced)
             manifest["parts"][name] = wanted[name] | {"sha256": sha256(directory / f"{name}.pt")}
             _write_manifest(directory, manifest)
@@ -247,7 +248,8 @@ def _damage(directory, name, part):
 
 
 def _versions(backend):
-    packages = ["torch", "transformers"] + (["torch-neuronx", "neuronx-cc"] if backend == "neuron" else [])
+    of_backend = {"neuron": ["torch-neuronx", "neuronx-cc"], "cpu": [], "openvino": ["openvino"]}
+    packages = ["torch", "transformers", *of_backend[backend]]
     return {package: package_version(package).split("+")[0] for package in packages}
 
 

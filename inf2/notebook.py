@@ -10,13 +10,14 @@ with warnings.catch_warnings():
     import tqdm.auto  # noqa: F401
 
 import torch
-from inf2.tracing import default_backend, package_version
+from inf2.tracing import known_backend, package_version
 
 
-def what_runs_here():
-    """What the compiled cells of a notebook ran on, in words."""
-    if default_backend() == "cpu":
-        return "CPU stand-in for Neuron"
+def what_runs_here(backend=None):
+    """What a backend's graphs ran on, in words: by default the compiled cells of a notebook."""
+    backend = known_backend(backend)
+    if backend != "neuron":
+        return {"cpu": "CPU stand-in for Neuron", "openvino": "OpenVINO on the CPU"}[backend]
     # The tests bring a torch_neuronx of their own, which must never pass for AWS's.
     return "test double of torch_neuronx" if "double" in package_version("torch-neuronx") else "AWS Neuron"
 

@@ -46,21 +46,25 @@ def trace_for_cpu(module, example_inputs, aliases, compiler_args=()):
     A trace accepts any shape and dtype: `checking_module` refuses
     what was not traced.
     """
-    guarded = checking_module(describe_inputs(module, example_inputs), example_inputs)
-    training = module.training
-    module = with_rounding(module, example_inputs, ImitatedAutoCast(compiler_args))
+    rounded = with_rounding(module, example_inputs, ImitatedAutoCast(compiler_args))
     if aliases:  # the graph gets a state of its own, outside inference mode and autograd
         index_of = {id(parameter): index for parameter, index in aliases.items()}
-        own = copy.deepcopy(module)
-        pairs = zip(module.parameters(), own.parameters(), strict=True)
+        own = copy.deepcopy(rounded)
+        pairs = zip(rounded.parameters(), own.parameters(), strict=True)
         aliases = {mine: index_of[id(theirs)] for theirs, mine in pairs if id(theirs) in index_of}
-        module = KeepState(own.requires_grad_(False), aliases)
-    before = {parameter: parameter.clone() for parameter in aliases}
+        rounded = KeepState(own.requires_grad_(False), aliases)
+    return checked_trace(rounded, module, example_inputs, aliases)
+
+
+def checked_trace(inner, module, example_inputs, state=()):
+    """``torch.jit.trace`` of `inner`, which answers for `module`, behind its checks; `state` keeps its values."""
+    guarded = checking_module(describe_inputs(module, example_inputs), example_inputs)
+    before = [(parameter, parameter.clone()) for parameter in state]
     with quiet_properties():
-        guarded.graph = torch.jit.trace(module, example_inputs, check_trace=False)
-    for parameter, value in before.items():
+        guarded.graph = torch.jit.trace(inner, example_inputs, check_trace=False)
+    for parameter, value in before:
         parameter.copy_(value)
-    return torch.jit.script(guarded.train(training))
+    return torch.jit.script(guarded.train(module.training))
 
 
 def checking_module(traced_for, example_inputs):

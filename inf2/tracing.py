@@ -1,4 +1,4 @@
-"""Trace a module with ``torch_neuronx.trace``, or with its stand-in on a CPU; save and load what comes out.
+"""Trace a module with ``torch_neuronx.trace``, its stand-in on a CPU or OpenVINO; save and load what comes out.
 
 Facts about Neuron come from the AWS Neuron SDK documentation, https://awsdocs-neuron.readthedocs-hosted.com, SDK 2.31.
 """
@@ -9,26 +9,39 @@ import os
 
 import torch
 from inf2.files import whole_file
+from inf2.open_vino import compile_loaded, import_openvino, trace_for_openvino
 from inf2.process import clean_state
 from inf2.rounding import split_flags
 from inf2.stand_in import trace_for_cpu
 from inf2.tensors import check_aliases, check_example
 
-BACKENDS = ("neuron", "cpu")
+BACKENDS = ("neuron", "cpu", "openvino")
+CHOICE = "NEURON_REHEARSAL_BACKEND"  # the variable of the environment that chooses one of them
+
+
+def neuron_is_here():
+    """Whether the package torch_neuronx is installed."""
+    return importlib.util.find_spec("torch_neuronx") is not None
 
 
 def default_backend():
-    """``"neuron"`` where the package torch_neuronx is installed, else ``"cpu"``, the stand-in."""
-    return "neuron" if importlib.util.find_spec("torch_neuronx") else "cpu"
+    """The backend that the environment's ``NEURON_REHEARSAL_BACKEND`` names.
+
+    Without it ``"neuron"`` where the package torch_neuronx is installed, else ``"cpu"``, the stand-in.
+    """
+    return os.environ.get(CHOICE) or ("neuron" if neuron_is_here() else "cpu")
 
 
 def known_backend(backend):
     """The backend that an argument names, `default_backend` for None; a `ValueError` where it is unknown or missing."""
-    if backend not in (None, *BACKENDS):
-        raise ValueError(f"backend is {backend!r}; there are 'neuron' and 'cpu'")
-    if backend == "neuron" and default_backend() != "neuron":
-        raise ValueError("backend is 'neuron', but torch_neuronx is not installed: see requirements-neuron.txt")
-    return backend or default_backend()
+    name, backend = ("backend", backend) if backend is not None else (CHOICE, default_backend())
+    if backend not in BACKENDS:
+        raise ValueError(f"{name} is {backend!r}; there are 'neuron', 'cpu' and 'openvino'")
+    if backend == "neuron" and not neuron_is_here():
+        raise ValueError(f"{name} is 'neuron', but torch_neuronx is not installed: see requirements-neuron.txt")
+    if backend == "openvino":
+        import_openvino()
+    return backend
 
 
 def package_version(package):
@@ -102,11 +115,12 @@ def trace_module(
     input_output_aliases : dict of Parameter to int, optional
         State: the output of that index stays inside as the parameter's next value. Real outputs come first; the
         stand-in returns those alone, on Neuron state may follow them, which nobody should read.
-    backend : {"neuron", "cpu"}, optional
-        By default `default_backend`.
+    backend : {"neuron", "cpu", "openvino"}, optional
+        By default `default_backend`. OpenVINO compiles for the CPU at hand, under the stand-in's rules (see
+        `inf2.open_vino`).
     compiler_args : str or list of str, optional
         For neuronx-cc; by default `neuron_compiler_args`. Of these the stand-in imitates ``--auto-cast`` to bf16 and
-        fp16.
+        fp16, and OpenVINO is asked to compute in bf16.
     cpu_backend : bool
         With AWS's packages but no Neuron device: compile for Inf2, to be copied there.
 
@@ -126,6 +140,8 @@ def trace_module(
     check_aliases(module, example_inputs, aliases)
     if backend == "cpu":
         return trace_for_cpu(module, example_inputs, aliases, compiler_args)
+    if backend == "openvino":
+        return trace_for_openvino(module, example_inputs, aliases, compiler_args)
     return _trace_for_neuron(module, example_inputs, aliases, compiler_args, cpu_backend)
 
 
@@ -152,11 +168,15 @@ def save_traced(traced, path):
 def load_traced(path, *, core=None, with_state=False):
     """Load a traced module, in any grad and inference mode; on Neuron onto the NeuronCore `core`, or the next one.
 
+    OpenVINO compiles its modules here, for as many threads as PyTorch has.
+
     State comes to the host with the file: `with_state`, which needs a `core`, takes it to that core.
     """
     with torch.inference_mode(False):
-        if default_backend() != "neuron":
-            return torch.jit.load(str(path))
+        if not neuron_is_here():
+            traced = torch.jit.load(str(path))
+            compile_loaded(traced)
+            return traced
         import torch_neuronx  # without it torch cannot read Neuron's files
 
         if core is None:

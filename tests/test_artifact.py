@@ -271,7 +271,7 @@ def test_another_build_of_the_same_version_is_the_same(artifact, monkeypatch):
 
 
 def test_an_artifact_for_neuron_is_refused_where_neuron_is_not(artifact, monkeypatch):
-    monkeypatch.setattr("inf2.tracing.default_backend", lambda: "cpu")
+    monkeypatch.setattr("inf2.tracing.neuron_is_here", lambda: False)
 
     def to_neuron(manifest):
         manifest["backend"] = "neuron"
@@ -551,7 +551,7 @@ def test_a_directory_that_is_a_file_is_a_value_error(tiny, tmp_path):
 
 
 def test_neuron_without_its_package_is_a_value_error(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("inf2.tracing.default_backend", lambda: "cpu")
+    monkeypatch.setattr("inf2.tracing.neuron_is_here", lambda: False)
     with pytest.raises(ValueError, match="torch_neuronx is not installed"):
         trace(tiny, tmp_path / "new", TINY_SHAPES, backend="neuron")
     assert not (tmp_path / "new").exists()

@@ -193,12 +193,12 @@ def test_only_a_module_is_traced(thing):
 
 @pytest.mark.parametrize("backend", ["cuda", "Neuron", "", 1])
 def test_an_unknown_backend_is_a_value_error(two, backend):
-    with pytest.raises(ValueError, match="there are 'neuron' and 'cpu'"):
+    with pytest.raises(ValueError, match="there are 'neuron', 'cpu' and 'openvino'"):
         trace_module(two, (LEFT, RIGHT), backend=backend)
 
 
 def test_neuron_without_its_package_is_a_value_error(two, monkeypatch):
-    monkeypatch.setattr("inf2.tracing.default_backend", lambda: "cpu")
+    monkeypatch.setattr("inf2.tracing.neuron_is_here", lambda: False)
     with pytest.raises(ValueError, match=r"torch_neuronx is not installed.*requirements-neuron\.txt"):
         trace_module(two, (LEFT, RIGHT), backend="neuron")
 
