@@ -84,10 +84,8 @@ def says_nothing(own):
 class OneCall(nn.Module):
     """Around an `UnrolledAnswer` and a `PictureAnswer`, traced or not: any number of questions about one image.
 
-    Attributes
-    ----------
-    answers, longer : int
-        How many answers there were, and how many of them had more than K tokens, which the cached decoder gave.
+    ``answers`` says how many answers there were, ``longer`` how many of them had more than K tokens: the cached decoder
+    gave these.
     """
 
     def __init__(self, graphs, shapes, config, pixels):
