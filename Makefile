@@ -3,6 +3,7 @@
 PYTHON = python3
 VENV_PYTHON = .venv/bin/python
 INSTALLED = .venv/.installed
+SERVE = build/service --replicas 2
 SITE_INSTALLED = .venv/.site-installed
 
 # The notebooks run in notebooks/: a checkpoint's directory that is named from here is found from there as well.
@@ -10,7 +11,7 @@ override BLIP_MODEL := $(or $(realpath $(BLIP_MODEL)),$(BLIP_MODEL))
 override RESNET_MODEL := $(or $(realpath $(RESNET_MODEL)),$(RESNET_MODEL))
 export BLIP_MODEL RESNET_MODEL
 
-.PHONY: help series test lab notebooks bench lint site neuron clean
+.PHONY: help series test serve lab notebooks bench lint site neuron clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -20,6 +21,9 @@ series: $(INSTALLED) ## run the notebooks in order, check every answer, leave th
 
 test: $(INSTALLED) ## run every test, the notebooks' stored outputs included
 	@$(VENV_PYTHON) -m pytest -n 2 --dist loadfile
+
+serve: $(INSTALLED) ## answer over HTTP, with a page to try it on, until Ctrl-C (SERVE="build/service --replicas 2")
+	@$(VENV_PYTHON) blip.py serve $(SERVE)
 
 lab: $(INSTALLED) ## open the notebooks in JupyterLab
 	@$(VENV_PYTHON) -m jupyterlab notebooks

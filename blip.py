@@ -1,9 +1,10 @@
-"""Before and on Inf2: ``python blip.py check | compile | report``.
+"""Before and on Inf2: ``python blip.py check | compile | report | serve | reload``.
 
 ``check`` needs no package of AWS: it lowers every graph of a model as Neuron does and looks for what fails there.
 ``compile`` needs AWS's packages and no Neuron device: it makes an artifact to be copied to an Inf2 instance. ``report``
-runs such an artifact, on Inf2 or anywhere else, and prints what came out as a table to paste. Exit status: 0, 1 on a
-finding or an answer that differs, 2 if it could not be done, 130 if it was interrupted.
+runs such an artifact, on Inf2 or anywhere else, and prints what came out as a table to paste. ``serve`` makes it a
+service on this machine, ``reload`` gives the service another artifact. Exit status: 0, 1 on a finding or an answer that
+differs, 2 if it could not be done, 130 if it was interrupted.
 """
 
 import argparse
@@ -25,6 +26,7 @@ if __name__ == "__main__":
 import torch
 
 import blip_helpers as bh
+from blip_checkpoints import check_traced_from
 from blip_helpers import BlipShapes
 from models.scenes import examples
 
@@ -95,12 +97,7 @@ def report(arguments):
         model, processor = bh.resize_image(model, processor, size)
     pixels = compiled.one_call and compiled.one_call.pixels
     parts = bh.parts_to_trace(model, compiled.shapes, manifest["decoder"], pixels)
-    for name, (module, _) in parts.items():
-        if bh.hash_weights(module) != manifest["parts"][name]["weights"]:
-            raise ValueError(
-                f"{arguments.directory} was traced from other weights than those of {model.name_or_path}: name its "
-                "model with --model, a directory or a hub name"
-            )
+    check_traced_from(arguments.directory, manifest, parts, model.name_or_path)
     asked = bh.question_count(arguments.questions)
     verified = list(bh.progress(bh.verify(compiled, model, processor, examples("held-out", asked)), asked))
     equal = sum(row.actual == row.expected for row in verified)
@@ -131,6 +128,20 @@ def report(arguments):
     return int(equal != asked)
 
 
+def serve(arguments):
+    """Serve an artifact until Ctrl-C; Ray is imported here, since the other commands do without it."""
+    from service.running import serve_until_interrupted
+
+    return serve_until_interrupted(arguments)
+
+
+def reload(arguments):
+    """Give the running service another artifact."""
+    from service.running import reload_artifact
+
+    return reload_artifact(arguments)
+
+
 def milliseconds(call, inputs):
     """Median, and the 99th percentile, of calls after ten that are thrown away."""
     times = []
@@ -152,6 +163,13 @@ def shapes_of(arguments):
         answer_length=arguments.answer_length,
         unrolled_steps=arguments.unrolled_steps,
     )
+
+
+def positive(text):
+    """A whole number of at least 1, for an argument of a command."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
+    return int(text)
 
 
 def read_arguments(arguments=None):
@@ -181,7 +199,17 @@ def read_arguments(arguments=None):
     three.add_argument("directory", help="what trace or compile left")
     three.add_argument("--model", help=help_model)
     three.add_argument("--questions", type=int, default=200, help="how many to ask at most (200)")
-    for command in (one, two, three):
+    four = commands.add_parser("serve", help="answer over HTTP, with a page to try it on, until Ctrl-C")
+    four.add_argument("directory", help="what trace or compile left; a model is traced into it if nothing is there")
+    four.add_argument("--model", help=help_model)
+    four.add_argument("--replicas", type=positive, default=1, help="each has a NeuronCore of its own (1)")
+    four.add_argument("--ingresses", type=positive, help="processes that decode pictures; by default the CPUs to spare")
+    four.add_argument("--host", default="127.0.0.1", help="0.0.0.0 answers other machines too; 127.0.0.1 by default")
+    four.add_argument("--port", type=positive, default=8000)
+    five = commands.add_parser("reload", help="give the service of this machine another artifact, without a gap")
+    five.add_argument("directory", help="what trace or compile left")
+    five.add_argument("--model", help=help_model)
+    for command in (one, two, three, four, five):
         command.add_argument("--processor", help="a directory or a hub name; by default it is beside the model")
     given = parser.parse_args(arguments)
     if given.command == "report" and given.questions < 1:
@@ -194,7 +222,8 @@ def main():
     torch.set_num_threads(2)
     torch.set_grad_enabled(False)
     try:
-        return {"check": check, "compile": compile_, "report": report}[arguments.command](arguments)
+        commands = {"check": check, "compile": compile_, "report": report, "serve": serve, "reload": reload}
+        return commands[arguments.command](arguments)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"blip.py {arguments.command}: {error}", file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+from inf2 import hash_weights
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -103,6 +104,17 @@ def check_weights(kind, source, found):
     if wrong:
         remedy = f"save it with save_pretrained() of the {kind} itself, not of what wraps it"
         raise ValueError(f"{source} {' and '.join(wrong)}: {remedy}")
+
+
+def check_traced_from(directory, manifest, parts, name):
+    """Raise a `ValueError` unless an artifact was traced from the weights of `parts`, those of the model `name`."""
+    for part, (module, _) in parts.items():
+        traced = manifest["parts"].get(part)
+        if traced is None or hash_weights(module) != traced["weights"]:
+            raise ValueError(
+                f"{directory} was traced from other weights than those of {name}: name its model with --model, a "
+                "directory or a hub name"
+            )
 
 
 def load_resnet(source=None):

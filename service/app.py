@@ -1,0 +1,45 @@
+"""The applications that Ray Serve runs: ``service.app:vqa`` answers, ``service.app:page`` is for a browser."""
+
+import os
+
+from pydantic import BaseModel
+
+from service.answerer import Answerer
+from service.artifacts import prepare, set_serving
+from service.ingress import Ingress
+
+# Requests under way for each core: a batch that is computed, one that forms, and what HTTP holds meanwhile.
+WAITING_PER_CORE = 16
+
+
+class VqaArguments(BaseModel):
+    """What ``args`` of a Serve configuration may have.
+
+    Attributes
+    ----------
+    directory
+        The artifact. Without one the model is traced into it, which on Neuron takes long: compile before.
+    model, processor
+        The checkpoint that it was traced from: a directory or a hub name; by default as `load_blip`.
+    replicas
+        Cores to use, one each.
+    ingresses
+        Processes that decode pictures; by default as many as the machine has CPUs to spare, at least one.
+    """
+
+    directory: str
+    model: str | None = None
+    processor: str | None = None
+    replicas: int = 1
+    ingresses: int | None = None
+
+
+def vqa(arguments: VqaArguments):
+    """The application that answers."""
+    directory = os.path.abspath(arguments.directory)
+    processor, known = prepare(directory, arguments.model, arguments.processor)
+    set_serving(directory, directory, known)
+    ingresses = arguments.ingresses or max(1, (os.cpu_count() or 1) - arguments.replicas)
+    answerer = Answerer.options(num_replicas=arguments.replicas).bind(directory, processor, known)
+    most = max(1, WAITING_PER_CORE * arguments.replicas // ingresses)
+    return Ingress.options(num_replicas=ingresses).bind(answerer, processor, most)

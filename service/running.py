@@ -1,0 +1,134 @@
+"""``python blip.py serve`` and ``python blip.py reload``: the service on this machine, and a new artifact for it."""
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+from pathlib import Path
+
+# Before Ray is imported: it sends nothing anywhere, and gives workers no warning about GPUs.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+from ray import serve
+
+from blip_helpers import default_backend, load_blip
+from service.app import VqaArguments, vqa
+from service.artifacts import known_answer, set_serving
+
+TIMEOUT = 30  # seconds that a request may take before it is answered with 408
+
+
+@contextlib.contextmanager
+def started(arguments, *, host="127.0.0.1", port=8000, page=False):
+    """The service on this machine, as long as the ``with`` goes on; then every process that it started has ended.
+
+    `arguments` is a `service.app.VqaArguments`. Yields the address that it answers at. On Neuron the cores are those
+    that Ray detects; elsewhere as many are declared as there are replicas. A `ValueError` says what is wrong with the
+    artifact, a `RuntimeError` what is with the machine.
+    """
+    check_port(host, port)
+    application, replicas = vqa(arguments), arguments.replicas
+    cores = {} if default_backend() == "neuron" else {"resources": {"neuron_cores": replicas}}
+    try:
+        ray.init(
+            # An ingress and a replica each ask for a CPU: on a small machine they share what there is.
+            num_cpus=max(os.cpu_count() or 1, replicas + (arguments.ingresses or 1) + 1),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=2**28,
+            **cores,
+        )
+        if replicas > (there := int(ray.cluster_resources().get("neuron_cores", 0))):
+            raise RuntimeError(f"{replicas} replicas need a NeuronCore each and there are {there}: ask for fewer")
+        serve.start(
+            http_options={"host": host, "port": port, "request_timeout_s": TIMEOUT},
+            logging_config={"log_level": "ERROR", "enable_access_log": False},
+        )
+        quiet = {"log_level": "WARNING", "enable_access_log": False}
+        serve.run(application, name="vqa", route_prefix="/vqa", logging_config=quiet)
+        if page:
+            from service.page import page as page_of
+
+            serve.run(page_of({}), name="page", route_prefix="/", logging_config=quiet)
+        yield f"http://{host}:{port}"
+    finally:
+        with contextlib.suppress(Exception):
+            serve.shutdown()
+        ray.shutdown()
+
+
+def check_port(host, port):
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise RuntimeError(
+                f"port {port} of {host} cannot be used ({error.strerror}): choose another --port"
+            ) from None
+
+
+def serve_until_interrupted(arguments):
+    """``python blip.py serve``: start, say where to look and what to type, wait for Ctrl-C."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    of_vqa = VqaArguments(**{name: getattr(arguments, name) for name in VqaArguments.model_fields})
+    print(f"starting {arguments.replicas} replicas of {arguments.directory} ...", flush=True)
+    with started(of_vqa, host=arguments.host, port=arguments.port, page=True) as address:
+        print(HOW_TO.format(address=address, directory=arguments.directory), flush=True)
+        stop.wait()
+        print("ending ...", flush=True)
+    return 0
+
+
+HOW_TO = """
+a page to try it on    {address}/
+the API, described     {address}/docs
+a new artifact         python blip.py reload DIRECTORY
+to end it              Ctrl-C
+
+In Python:
+
+    from huggingface_hub import InferenceClient
+
+    client = InferenceClient("{address}/vqa")
+    client.visual_question_answering(image="picture.jpg", question="how many shapes are there?")
+"""
+
+
+def reload_artifact(arguments):
+    """``python blip.py reload``: every replica loads the new artifact beside the old one, then all change over.
+
+    Where one of them refuses it, none changes over.
+    """
+    directory = Path(arguments.directory).resolve()
+    model, processor = load_blip(arguments.model, processor=arguments.processor)
+    _, known = known_answer(directory, model, processor)
+    with contextlib.ExitStack() as undo:
+        try:
+            ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR, namespace="serve")
+        except ConnectionError:
+            raise RuntimeError("no service runs on this machine: start one with python blip.py serve") from None
+        undo.callback(ray.shutdown)
+        print(change_over(directory, known))
+    return 0
+
+
+def change_over(directory, known):
+    """Have all replicas of the running service answer from `directory`; what was done, in a sentence."""
+    answerer = serve.get_deployment_handle("Answerer", "vqa")
+    started_with = answerer.started_with.remote().result()
+    reasons = answerer.broadcast("load_next", str(directory), known).results()
+    refused = [reason for reason in reasons if reason is not None]
+    if refused:
+        answerer.broadcast("drop_next").results()
+        raise ValueError(f"{directory} is not taken, the service goes on as it was: {refused[0]}")
+    set_serving(started_with, directory, known)
+    answerer.broadcast("take_next").results()
+    return f"{len(reasons)} replicas answer from {directory} now (artifact {known.artifact})"
