@@ -24,7 +24,9 @@ class Refusal(ValueError):
     """A request that is not answered: an HTTP status and a sentence."""
 
     def __init__(self, status, sentence):
-        super().__init__(sentence)
+        # It may repeat what was sent, such as half a character or a name of a thousand letters.
+        sentence = sentence.encode(errors="backslashreplace").decode()
+        super().__init__(sentence if len(sentence) <= 400 else sentence[:400] + "...")
         self.status = status
 
 
@@ -123,7 +125,7 @@ def read_body(body, kind):
 def sentence_of(error, kind):
     """The first thing that pydantic has to say, with its place and, where it is short, its value."""
     first = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in first["loc"] if part not in ("str", "Inputs"))
+    place = ".".join(str(part) for part in first["loc"] if part not in ("str", "Inputs")) or "a name in the body"
     if first["type"] == "extra_forbidden":
         known = Parameters if place.startswith("parameters.") else Inputs if place.startswith("inputs.") else kind
         return f"{place} is unknown: there are {', '.join(known.model_fields)}"

@@ -32,6 +32,7 @@ def started(arguments, *, host="127.0.0.1", port=8000, page=False):
     """
     check_port(host, port)
     application, replicas = vqa(arguments), arguments.replicas
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     cores = {} if default_backend() == "neuron" else {"resources": {"neuron_cores": replicas}}
     try:
         ray.init(
@@ -57,9 +58,7 @@ def started(arguments, *, host="127.0.0.1", port=8000, page=False):
             serve.run(page_of({}), name="page", route_prefix="/", logging_config=quiet)
         yield f"http://{host}:{port}"
     finally:
-        with contextlib.suppress(Exception):
-            serve.shutdown()
-        ray.shutdown()
+        ray.shutdown()  # ends the processes of the whole cluster, which was started for this service alone
 
 
 def check_port(host, port):
@@ -76,11 +75,12 @@ def check_port(host, port):
 def serve_until_interrupted(arguments):
     """``python blip.py serve``: start, say where to look and what to type, wait for Ctrl-C."""
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # until all is there both end it at once
     of_vqa = VqaArguments(**{name: getattr(arguments, name) for name in VqaArguments.model_fields})
     print(f"starting {arguments.replicas} replicas of {arguments.directory} ...", flush=True)
     with started(of_vqa, host=arguments.host, port=arguments.port, page=True) as address:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
         print(HOW_TO.format(address=address, directory=arguments.directory), flush=True)
         stop.wait()
         print("ending ...", flush=True)
