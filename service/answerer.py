@@ -1,6 +1,7 @@
 """A replica: the whole model on one NeuronCore, asked in batches."""
 
 import asyncio
+import functools
 import logging
 import os
 import time
@@ -11,17 +12,16 @@ from ray import serve
 
 from service.answering import Answering
 from service.artifacts import artifact_hash, check_known, get_serving
+from service.batching import Batcher
 from service.faults import CoreLost
 from service.metrics import AnswererMetrics
 
 logger = logging.getLogger("ray.serve")
 BATCH = 8  # requests that are taken together; the model may take them in several calls
-BATCH_WAIT = 0.002  # seconds that the first of them waits for others
 
 
 @serve.deployment(
-    # Below the size of a batch the first number would silently be its size; twice it lets the next one form meanwhile.
-    max_ongoing_requests=4 * BATCH,
+    max_ongoing_requests=4 * BATCH,  # so that the next batch is there when one is done
     ray_actor_options={"num_cpus": 1, "resources": {"neuron_cores": 1}},
     health_check_period_s=5,
     health_check_timeout_s=30,
@@ -44,6 +44,7 @@ class Answerer:
         torch.set_grad_enabled(False)
         # Whatever touches the core runs here, so that the event loop, and health checks with it, go on.
         self._core = ThreadPoolExecutor(1, thread_name_prefix="core")
+        self._batches = Batcher(functools.partial(self._on_the_core, self._answer), BATCH)
         self._metrics = AnswererMetrics()
         self._processor, self._next = processor, None
         self._started_with = directory
@@ -71,14 +72,9 @@ class Answerer:
             ``queue``, ``batch``, ``device`` and ``decoding``; the last two are those of the whole batch.
         """
         arrived = time.time()
-        results, artifact, started, device, decoding = await self._batch((ask, arrived))
+        results, artifact, started, device, decoding = await self._batches(ask)
         seconds = {"queue": arrived - ask.sent, "batch": started - arrived, "device": device, "decoding": decoding}
         return results, artifact, seconds
-
-    @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=BATCH_WAIT)
-    async def _batch(self, asked):
-        asks, _ = zip(*asked, strict=True)
-        return await self._on_the_core(self._answer, list(asks))
 
     def _answer(self, asks):
         started = time.time()
