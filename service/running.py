@@ -5,12 +5,9 @@ import logging
 import os
 import signal
 import socket
+import tempfile
 import threading
 from pathlib import Path
-
-# Before Ray is imported: it sends nothing anywhere, and gives workers no warning about GPUs.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
 from ray import serve
@@ -34,31 +31,61 @@ def started(arguments, *, host="127.0.0.1", port=8000, page=False):
     application, replicas = vqa(arguments), arguments.replicas
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     cores = {} if default_backend() == "neuron" else {"resources": {"neuron_cores": replicas}}
-    try:
-        ray.init(
-            # An ingress and a replica each ask for a CPU: on a small machine they share what there is.
-            num_cpus=max(os.cpu_count() or 1, replicas + (arguments.ingresses or 1) + 1),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=2**28,
-            **cores,
-        )
-        if replicas > (there := int(ray.cluster_resources().get("neuron_cores", 0))):
-            raise RuntimeError(f"{replicas} replicas need a NeuronCore each and there are {there}: ask for fewer")
-        serve.start(
-            http_options={"host": host, "port": port, "request_timeout_s": TIMEOUT},
-            logging_config={"log_level": "ERROR", "enable_access_log": False},
-        )
-        quiet = {"log_level": "WARNING", "enable_access_log": False}
-        serve.run(application, name="vqa", route_prefix="/vqa", logging_config=quiet)
-        if page:
-            from service.page import page as page_of
+    with own_haproxy():
+        try:
+            ray.init(
+                # An ingress and a replica each ask for a CPU: on a small machine they share what there is.
+                num_cpus=max(os.cpu_count() or 1, replicas + (arguments.ingresses or 1) + 1),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=2**28,
+                **cores,
+            )
+            if replicas > (there := int(ray.cluster_resources().get("neuron_cores", 0))):
+                raise RuntimeError(f"{replicas} replicas need a NeuronCore each and there are {there}: ask for fewer")
+            serve.start(
+                http_options={"host": host, "port": port, "request_timeout_s": TIMEOUT},
+                logging_config={"log_level": "ERROR", "enable_access_log": False},
+            )
+            quiet = {"log_level": "WARNING", "enable_access_log": False}
+            serve.run(application, name="vqa", route_prefix="/vqa", logging_config=quiet)
+            if page:
+                from service.page import page as page_of
 
-            serve.run(page_of({}), name="page", route_prefix="/", logging_config=quiet)
-        yield f"http://{host}:{port}"
-    finally:
-        ray.shutdown()  # ends the processes of the whole cluster, which was started for this service alone
+                serve.run(page_of({}), name="page", route_prefix="/", logging_config=quiet)
+            yield f"http://{host}:{port}"
+        finally:
+            ray.shutdown()  # ends the processes of the whole cluster, which was started for this service alone
+
+
+@contextlib.contextmanager
+def own_haproxy():
+    """A directory for HAProxy's files and ports for its figures, so that two services on a machine share neither."""
+    with tempfile.TemporaryDirectory(prefix="blip-") as directory:
+        places = {
+            "CONFIG_FILE_LOC": "haproxy.cfg",
+            "SOCKET_PATH": "admin.sock",
+            "METRICS_SOCKET_PATH": "metrics.sock",
+            "SERVER_STATE_BASE": "",
+            "SERVER_STATE_FILE": "state",
+        }
+        settings = {name: os.path.join(directory, place) for name, place in places.items()}
+        settings |= {"METRICS_PORT": free_port(), "STATS_PORT": free_port(), "NBTHREAD": min(4, os.cpu_count() or 1)}
+        settings = {f"RAY_SERVE_HAPROXY_{name}": str(value) for name, value in settings.items()}
+        before = {name: os.environ.get(name) for name in settings}
+        os.environ.update({name: value for name, value in settings.items() if before[name] is None})
+        try:
+            yield
+        finally:
+            for name in (name for name, value in before.items() if value is None):
+                del os.environ[name]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
 
 
 def check_port(host, port):
