@@ -47,6 +47,14 @@ class Ask:
     settings: Settings = Settings()
     sent: float = field(default_factory=time.time)
 
+    def __reduce__(self):
+        # Torch pickles a tensor by way of a file, numpy its bytes: 0.04 ms in place of 0.3.
+        return _ask, (self.pixels.numpy(), self.questions, self.settings, self.sent)
+
+
+def _ask(pixels, *others):
+    return Ask(torch.from_numpy(pixels.copy()), *others)  # what arrives may be read-only
+
 
 @dataclass(frozen=True)
 class Answer:

@@ -24,7 +24,7 @@ from blip_one_call import Pixels
 from models.scenes import examples
 from service.answering import Ask, pixels_of
 
-SHAPES = BlipShapes(batch_size=8, question_length=16, answer_length=24)
+SHAPES = BlipShapes(batch_size=4, num_beams=2, question_length=16, answer_length=24)
 
 
 @dataclass(frozen=True)

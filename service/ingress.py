@@ -1,6 +1,7 @@
 """HTTP: checks, decodes and resizes on the CPU, and hands what is left to a core."""
 
 import asyncio
+import functools
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -28,6 +29,7 @@ from service.bodies import (
 from service.metrics import IngressMetrics
 
 PIXELS_KEPT = 2**26  # bytes of resized pictures; one of 384 x 384 has 0.44 MB
+QUESTIONS_KEPT = 4096  # token ids of questions: the same ones come again and again
 
 api = FastAPI(
     title="BLIP visual question answering",
@@ -101,6 +103,7 @@ class Ingress:
         # Pillow decodes and resizes without Python's lock: two threads, so that a large picture holds up nobody.
         self._decoding = ThreadPoolExecutor(2, thread_name_prefix="decoding")
         self._metrics = IngressMetrics()
+        self._tokens = functools.lru_cache(QUESTIONS_KEPT)(self._tokens)
 
     @api.post("/", openapi_extra=body_of(VisualQuestionAnswering), summary="A question about a picture")
     async def visual_question_answering(self, request: Request):

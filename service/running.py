@@ -31,7 +31,7 @@ def started(arguments, *, host="127.0.0.1", port=8000, page=False):
     application, replicas = vqa(arguments), arguments.replicas
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     cores = {} if default_backend() == "neuron" else {"resources": {"neuron_cores": replicas}}
-    with own_haproxy():
+    with settings_of_ray():
         try:
             ray.init(
                 # An ingress and a replica each ask for a CPU: on a small machine they share what there is.
@@ -60,26 +60,27 @@ def started(arguments, *, host="127.0.0.1", port=8000, page=False):
 
 
 @contextlib.contextmanager
-def own_haproxy():
-    """A directory for HAProxy's files and ports for its figures, so that two services on a machine share neither."""
+def settings_of_ray():
+    """For the processes that Ray starts: one event loop each; a directory for HAProxy's files and ports for its
+    figures, so that two services on a machine share neither."""
+    before = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="blip-") as directory:
-        places = {
-            "CONFIG_FILE_LOC": "haproxy.cfg",
-            "SOCKET_PATH": "admin.sock",
-            "METRICS_SOCKET_PATH": "metrics.sock",
-            "SERVER_STATE_BASE": "",
-            "SERVER_STATE_FILE": "state",
-        }
-        settings = {name: os.path.join(directory, place) for name, place in places.items()}
-        settings |= {"METRICS_PORT": free_port(), "STATS_PORT": free_port(), "NBTHREAD": min(4, os.cpu_count() or 1)}
-        settings = {f"RAY_SERVE_HAPROXY_{name}": str(value) for name, value in settings.items()}
-        before = {name: os.environ.get(name) for name in settings}
-        os.environ.update({name: value for name, value in settings.items() if before[name] is None})
+        os.environ.update(
+            RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP="0",
+            RAY_SERVE_HAPROXY_CONFIG_FILE_LOC=f"{directory}/haproxy.cfg",
+            RAY_SERVE_HAPROXY_SOCKET_PATH=f"{directory}/admin.sock",
+            RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH=f"{directory}/metrics.sock",
+            RAY_SERVE_HAPROXY_SERVER_STATE_BASE=directory,
+            RAY_SERVE_HAPROXY_SERVER_STATE_FILE=f"{directory}/state",
+            RAY_SERVE_HAPROXY_METRICS_PORT=str(free_port()),
+            RAY_SERVE_HAPROXY_STATS_PORT=str(free_port()),
+            RAY_SERVE_HAPROXY_NBTHREAD=str(min(4, os.cpu_count() or 1)),
+        )
         try:
             yield
         finally:
-            for name in (name for name, value in before.items() if value is None):
-                del os.environ[name]
+            os.environ.clear()
+            os.environ.update(before)
 
 
 def free_port():
