@@ -55,19 +55,19 @@ def way_to_a_neuroncore():
     stages = {
         7.8: ("PyTorch module", "torch-xla runs it once\nand records lazily"),
         6.5: ("HLO: operations,\nfixed shapes and dtypes", "neuronx-cc compiles,\nfor minutes"),
-        5.2: (
-            "NEFF inside model.pt:\nplan and instructions",
-            "NRT, the runtime, loads it,\nand passes tensors in and out",
-        ),
+        5.2: ("NEFF inside model.pt:\nplan and instructions", "NRT, the runtime,\nloads it onto a core"),
     }
     for y, (what, step) in stages.items():
         box(axes, 0.3, y, 2.7, 0.7, what, fc="0.9")
         arrow(axes, (1.65, y), (1.65, y - 0.6))
         axes.text(1.95, y - 0.32, step, va="center", fontsize=11, style="italic")
-    for low, high, words in ((5.2, 8.5, "once, on\nany machine\nwith AWS's\npackages"), (0.4, 4.95, "")):
+    for low, high, words in (
+        (5.2, 8.5, "once, on\nany machine\nwith AWS's\npackages"),
+        (4.65, 5.15, "once a\nprocess"),
+        (0.4, 4.6, "every call,\non Inf2"),
+    ):
         axes.plot([5.0, 5.1, 5.1, 5.0], [low, low, high, high], color="black", lw=1.3)
         axes.text(5.2, (low + high) / 2, words, va="center")
-    axes.text(5.2, 2.7, "every call,\non Inf2", va="center")
     box(axes, 0.3, 1.6, 4.6, 3.0)
     axes.text(0.42, 4.35, "NeuronCore (two on a chip)", va="center", weight="bold")
     for x, engine, work in (
@@ -79,12 +79,14 @@ def way_to_a_neuroncore():
         box(axes, x, 3.1, 1.01, 0.95, fc="0.9")
         axes.text(x + 0.505, 3.85, engine, ha="center", va="center", weight="bold", fontsize=11)
         axes.text(x + 0.505, 3.4, work, ha="center", va="center", fontsize=10)
+        axes.plot([x + 0.505] * 2, [2.85, 3.1], color="black", lw=1.3)
     box(axes, 0.45, 1.75, 1.39, 0.85, "PSUM, 2 MiB:\nsums")
     box(axes, 1.99, 1.75, 2.8, 0.85, "SBUF, 24 MiB:\nwhat is worked on")
-    for x in (0.95, 3.2):
-        arrow(axes, (x, 2.6), (x, 3.1), arrowstyle="<|-|>")
+    axes.plot([0.955, 4.285], [2.85, 2.85], color="black", lw=1.3)  # what the engines and both memories share
+    for x in (1.145, 3.39):
+        axes.plot([x, x], [2.6, 2.85], color="black", lw=1.3)
     box(axes, 0.3, 0.4, 4.6, 0.7, "HBM, 32 GiB a chip: weights, inputs, outputs")
-    arrow(axes, (3.2, 1.1), (3.2, 1.75), arrowstyle="<|-|>")
+    arrow(axes, (3.39, 1.1), (3.39, 1.75), arrowstyle="<|-|>")
 
 
 @figure
