@@ -18,9 +18,9 @@ def _axes(height, **labels):
 
 
 def operations(lengths, padded, cached):
-    """Operations of one decoder step in units of its matrices, over the answer length (lists of numbers)."""
+    """Operations of one decoder step in passes through its matrices, over the answer length (lists of numbers)."""
     with plt.rc_context(STYLE):
-        _, axes = _axes(3.6, xlabel="answer length A", ylabel="times the matrices")
+        _, axes = _axes(3.6, xlabel="answer length A", ylabel="passes through the matrices")
         axes.set_title("Operations of one step, size of blip-vqa-base", loc="left")
         axes.plot(lengths, padded, "o-", color=ORANGE)
         axes.plot(lengths, cached, "s--", color=BLUE)
@@ -43,41 +43,10 @@ def state(grid):
         plt.show()
 
 
-def three_routes():
-    """A module by three routes: eager, lowered and run by XLA, lowered and compiled by neuronx-cc (not run here)."""
-    boxes = {  # where, in columns and rows, and what is written there
-        "module": (0, 1, "PyTorch\nmodule"),
-        "eager": (1, 0, "eager\nkernels"),
-        "hlo": (1, 1.5, "torch-xla:\nHLO"),
-        "xla": (2, 1, "XLA for\nthe CPU"),
-        "neuron": (2, 2.2, "neuronx-cc"),
-        "compared": (3, 0.5, "results\ncompared"),
-        "inf2": (3, 2.2, "Inf2"),
-    }
-    arrows = ["module eager", "module hlo", "hlo xla", "hlo neuron", "eager compared", "xla compared", "neuron inf2"]
-    with plt.rc_context(STYLE):
-        _, axes = _axes(3.4, xlim=(-0.5, 3.5), ylim=(2.8, -0.5))
-        axes.set_axis_off()
-        axes.set_title("Three routes of one module", loc="left")
-        placed = {}
-        for name, (x, y, words) in boxes.items():
-            there = name in ("neuron", "inf2")
-            look = {"boxstyle": "round,pad=0.4", "fc": "white", "ec": ORANGE if there else BLUE}
-            look |= {"linestyle": "--" if there else "-", "linewidth": 1.8}
-            placed[name] = axes.text(x, y, words, ha="center", va="center", bbox=look)
-        for arrow in arrows:
-            start, end = arrow.split()
-            style = {"arrowstyle": "->", "shrinkA": 4, "shrinkB": 4, "patchA": placed[start].get_bbox_patch()}
-            style |= {"patchB": placed[end].get_bbox_patch(), "linestyle": "--" if "neuron" in arrow else "-"}
-            axes.annotate("", boxes[end][:2], boxes[start][:2], arrowprops=style)
-        axes.text(3.45, 2.65, "dashed: not run here", ha="right", va="center", color=ORANGE)
-        plt.show()
-
-
 def rounding(margins, drifts):
     """The smallest margin of each answer, and how far each setting moved its logits (`drifts`: name to tensor)."""
     with plt.rc_context(STYLE):
-        _, axes = _axes(4.6, xscale="log", xlabel="logits", ylabel="share of answers", ylim=(0, 1.02))
+        _, axes = _axes(4.6, xscale="log", xlabel="difference of two logits", ylabel="share of answers", ylim=(0, 1.02))
         axes.set_title("How far rounding moves logits, and how far it may", loc="left")
         looks = ((BLUE, "-"), (BLUE, "--"), (ORANGE, "-"), (ORANGE, "--"))
         for (name, values), (colour, line) in zip(drifts.items(), looks, strict=True):
