@@ -1,4 +1,4 @@
-"""The applications that Ray Serve runs: ``service.app:vqa`` answers, ``service.app:page`` is for a browser."""
+"""The application that answers, for Ray Serve: ``service.app:vqa``. The one for a browser is ``service.page:page``."""
 
 import os
 

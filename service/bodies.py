@@ -29,6 +29,9 @@ class Refusal(ValueError):
         super().__init__(sentence if len(sentence) <= 400 else sentence[:400] + "...")
         self.status = status
 
+    def __reduce__(self):  # it goes from one process to another
+        return Refusal, (self.status, str(self))
+
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)

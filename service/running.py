@@ -51,7 +51,7 @@ def started(arguments, *, host="127.0.0.1", port=8000, page=False):
             quiet = {"log_level": "WARNING", "enable_access_log": False}
             serve.run(application, name="vqa", route_prefix="/vqa", logging_config=quiet)
             if page:
-                from service.page import page as page_of
+                from service.page import page as page_of  # Gradio takes seconds to import
 
                 serve.run(page_of({}), name="page", route_prefix="/", logging_config=quiet)
             yield f"http://{host}:{port}"
@@ -61,11 +61,13 @@ def started(arguments, *, host="127.0.0.1", port=8000, page=False):
 
 @contextlib.contextmanager
 def settings_of_ray():
-    """For the processes that Ray starts: one event loop each; a directory for HAProxy's files and ports for its
-    figures, so that two services on a machine share neither."""
+    """For the processes that Ray starts: one event loop each; a directory for the page's pictures and for HAProxy's
+    files, and ports for its figures, so that two services on a machine share none."""
     before = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="blip-") as directory:
         os.environ.update(
+            GRADIO_TEMP_DIR=f"{directory}/pictures",
+            GRADIO_ANALYTICS_ENABLED="0",
             RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP="0",
             RAY_SERVE_HAPROXY_CONFIG_FILE_LOC=f"{directory}/haproxy.cfg",
             RAY_SERVE_HAPROXY_SOCKET_PATH=f"{directory}/admin.sock",

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import pickle
 import struct
 import zlib
 
@@ -222,3 +223,10 @@ def test_places_are_given_back_however_a_request_ends():
         assert refused.value.status == 503
         assert refused.value.retry_after == 1
     assert admission.inside == 0
+
+
+@pytest.mark.parametrize("refusal", [Refusal(422, "a sentence"), Refusal(413, "long " * 100), Overloaded(16)])
+def test_a_refusal_says_the_same_in_another_process(refusal):
+    arrived = pickle.loads(pickle.dumps(refusal))
+    assert isinstance(arrived, Refusal)
+    assert (arrived.status, str(arrived)) == (refusal.status, str(refusal))
