@@ -98,6 +98,22 @@ def test_every_failure_names_its_source():
     assert [entry.splitlines()[0] for entry in entries if not re.search(r"^\*Source:\*\s", entry, re.M)] == []
 
 
+def test_the_glossary_points_to_notebooks_that_use_the_word():
+    def plain(text):
+        return re.sub(r"[-_ ]+", " ", text.lower())
+
+    words, missing = 0, []
+    for entry in re.split(r"^## ", (ROOT / "docs" / "glossary.md").read_text(), flags=re.M)[1:]:
+        word = entry.splitlines()[0]
+        for number, name in re.findall(r"\[(\d\d)\]\(\.\./notebooks/([\w.]+)\)", entry):
+            cells = json.loads((ROOT / "notebooks" / name).read_text())["cells"]
+            text = "\n".join("".join(cell["source"]) for cell in cells)
+            words += 1
+            if not name.startswith(number) or plain(word) not in plain(text):
+                missing.append(f"{word}: {number}")
+    assert words > 25 and missing == []
+
+
 @needs_sphinx
 def test_a_cell_whose_source_is_hidden_is_folded(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs")
