@@ -204,6 +204,9 @@ def read_arguments(arguments=None):
     four.add_argument("--model", help=help_model)
     four.add_argument("--replicas", type=positive, default=1, help="each has a NeuronCore of its own (1)")
     four.add_argument("--ingresses", type=positive, help="processes that decode pictures; by default the CPUs to spare")
+    four.add_argument(
+        "--seen-bytes", type=positive, default=2**28, help="what a process keeps of seen pictures (2**28)"
+    )
     four.add_argument("--host", default="127.0.0.1", help="0.0.0.0 answers other machines too; 127.0.0.1 by default")
     four.add_argument("--port", type=positive, default=8000)
     five = commands.add_parser("reload", help="give the service of this machine another artifact, without a gap")

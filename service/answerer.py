@@ -36,9 +36,11 @@ class Answerer:
         What `trace` left. Where `reload` named another one since, that one is loaded.
     processor : BlipProcessor
     known : service.artifacts.Known
+    seen_bytes : int
+        What the features of pictures that were seen before may take.
     """
 
-    def __init__(self, directory, processor, known):
+    def __init__(self, directory, processor, known, seen_bytes):
         # The host's part of a replica is one thread's work; a second thread would take a core from another replica.
         torch.set_num_threads(1)
         torch.set_grad_enabled(False)
@@ -47,7 +49,7 @@ class Answerer:
         self._batches = Batcher(functools.partial(self._on_the_core, self._answer), BATCH)
         self._metrics = AnswererMetrics()
         self._processor, self._next = processor, None
-        self._started_with = directory
+        self._started_with, self._seen_bytes = directory, seen_bytes
         directory, known = get_serving(directory, known)
         self._answering, self._known = self._load(directory, known), known
 
@@ -56,7 +58,7 @@ class Answerer:
         found = artifact_hash(directory)
         if found != known.artifact:
             raise ValueError(f"{directory} is artifact {found}, not {known.artifact}: it was changed meanwhile")
-        answering = Answering.load(directory, self._processor)
+        answering = Answering.load(directory, self._processor, self._seen_bytes)
         check_known(answering, known)
         return answering
 

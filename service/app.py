@@ -25,6 +25,8 @@ class VqaArguments(BaseModel):
         Cores to use, one each.
     ingresses
         Processes that decode pictures; by default as many as the machine has CPUs to spare, at least one.
+    seen_bytes
+        What a process keeps of pictures that it saw: features on a core, resized pixels where they are decoded.
     """
 
     directory: str
@@ -32,6 +34,7 @@ class VqaArguments(BaseModel):
     processor: str | None = None
     replicas: int = 1
     ingresses: int | None = None
+    seen_bytes: int = 2**28
 
 
 def vqa(arguments: VqaArguments):
@@ -40,6 +43,6 @@ def vqa(arguments: VqaArguments):
     processor, known = prepare(directory, arguments.model, arguments.processor)
     set_serving(directory, directory, known)
     ingresses = arguments.ingresses or max(1, (os.cpu_count() or 1) - arguments.replicas)
-    answerer = Answerer.options(num_replicas=arguments.replicas).bind(directory, processor, known)
+    answerer = Answerer.options(num_replicas=arguments.replicas).bind(directory, processor, known, arguments.seen_bytes)
     most = max(1, WAITING_PER_CORE * arguments.replicas // ingresses)
-    return Ingress.options(num_replicas=ingresses).bind(answerer, processor, most)
+    return Ingress.options(num_replicas=ingresses).bind(answerer, processor, most, arguments.seen_bytes)

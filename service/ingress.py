@@ -28,7 +28,6 @@ from service.bodies import (
 )
 from service.metrics import IngressMetrics
 
-PIXELS_KEPT = 2**26  # bytes of resized pictures; one of 384 x 384 has 0.44 MB
 QUESTIONS_KEPT = 4096  # token ids of questions: the same ones come again and again
 
 api = FastAPI(
@@ -93,13 +92,15 @@ class Ingress:
     processor : BlipProcessor
     most : int
         How many requests may be under way here; more are refused with 503.
+    seen_bytes : int
+        What the resized pixels of pictures that were seen before may take; those of 384 x 384 have 0.44 MB.
     """
 
-    def __init__(self, answerer, processor, most):
+    def __init__(self, answerer, processor, most, seen_bytes):
         torch.set_num_threads(1)
         self._answerer, self._processor = answerer, processor
         self._admission = Admission(most)
-        self._pictures = SeenPictures(PIXELS_KEPT)
+        self._pictures = SeenPictures(seen_bytes)
         # Pillow decodes and resizes without Python's lock: two threads, so that a large picture holds up nobody.
         self._decoding = ThreadPoolExecutor(2, thread_name_prefix="decoding")
         self._metrics = IngressMetrics()

@@ -28,14 +28,26 @@ def started(arguments, *, host="127.0.0.1", port=8000, page=False):
     artifact, a `RuntimeError` what is with the machine.
     """
     check_port(host, port)
-    application, replicas = vqa(arguments), arguments.replicas
+    application = vqa(arguments)
+    with cluster(arguments.replicas, arguments.ingresses or 1, host, port):
+        run(application)
+        if page:
+            from service.page import page as page_of  # Gradio takes seconds to import
+
+            run(page_of({}), "page", "/")
+        yield f"http://{host}:{port}"
+
+
+@contextlib.contextmanager
+def cluster(replicas, ingresses, host, port):
+    """Ray and Ray Serve on this machine, with a declared core for each replica where there is no Neuron."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     cores = {} if default_backend() == "neuron" else {"resources": {"neuron_cores": replicas}}
     with settings_of_ray():
         try:
             ray.init(
                 # An ingress and a replica each ask for a CPU: on a small machine they share what there is.
-                num_cpus=max(os.cpu_count() or 1, replicas + (arguments.ingresses or 1) + 1),
+                num_cpus=max(os.cpu_count() or 1, replicas + ingresses + 1),
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
@@ -48,15 +60,14 @@ def started(arguments, *, host="127.0.0.1", port=8000, page=False):
                 http_options={"host": host, "port": port, "request_timeout_s": TIMEOUT},
                 logging_config={"log_level": "ERROR", "enable_access_log": False},
             )
-            quiet = {"log_level": "WARNING", "enable_access_log": False}
-            serve.run(application, name="vqa", route_prefix="/vqa", logging_config=quiet)
-            if page:
-                from service.page import page as page_of  # Gradio takes seconds to import
-
-                serve.run(page_of({}), name="page", route_prefix="/", logging_config=quiet)
-            yield f"http://{host}:{port}"
+            yield
         finally:
             ray.shutdown()  # ends the processes of the whole cluster, which was started for this service alone
+
+
+def run(application, name="vqa", route_prefix="/vqa"):
+    quiet = {"log_level": "WARNING", "enable_access_log": False}
+    serve.run(application, name=name, route_prefix=route_prefix, logging_config=quiet)
 
 
 @contextlib.contextmanager

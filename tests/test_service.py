@@ -262,9 +262,9 @@ def test_a_replica_that_is_killed_is_replaced_and_serves_what_was_served(address
     assert {post(address, json=body()).json()[0]["artifact"] for _ in range(20)} == {known.artifact}
 
 
-def test_the_command_ends_with_ctrl_c_and_leaves_no_process(tmp_path):
+def test_the_command_ends_with_ctrl_c_and_leaves_no_process(directory, address):
     port = free_port()
-    command = [sys.executable, "blip.py", "serve", str(tmp_path / "bundled"), "--port", str(port)]
+    command = [sys.executable, "blip.py", "serve", str(directory), "--port", str(port)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said = ""
     try:
