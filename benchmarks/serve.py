@@ -31,16 +31,35 @@ import torch
 from compare import BUILD, ROOT, machine
 from PIL import Image
 
-from blip_helpers import BlipShapes, NeuronBlipForQuestionAnswering, infer, load_blip, trace
+from service.running import change_over, cluster, free_port, run, started  # isort: skip  (its settings come before Ray)
+from host import A_TOKEN, QUESTIONS, Constant
+from ray import serve
+from transformers import BlipImageProcessorPil, BlipProcessor
+
+from blip_helpers import (
+    DECODERS,
+    BlipShapes,
+    NeuronBlipForQuestionAnswering,
+    count_cost,
+    infer,
+    load_blip,
+    parts_to_trace,
+    trace,
+)
+from models.make_base import IMAGE_SIZE, make_model, make_tokenizer
 from models.scenes import examples
+from service.answerer import Answerer
+from service.answering import Answering
 from service.app import VqaArguments
-from service.artifacts import SHAPES, known_answer
-from service.running import change_over, free_port, started
+from service.artifacts import SHAPES, Known, known_answer
+from service.ingress import Ingress
 
 HERE = Path(__file__).parent
 PICTURES = 300
 MOST = {"max_new_tokens": 23}
+SIMULATED, STEPS = BlipShapes(batch_size=4, num_beams=2, question_length=16, answer_length=8), 4
 REPLICAS = 2
+FEW = 2**16  # bytes of pictures that are kept: the last few. One that all ask about is seen, different ones are not
 BECAME = ("answered", "refused", "failed", "wrong")
 
 
@@ -52,10 +71,10 @@ def jpeg(image, seed):
     return content.getvalue()
 
 
-def single(content, question, right):
+def single(content, question, right, parameters=None):
     """A request as huggingface_hub sends it."""
     picture = base64.b64encode(content).decode()
-    body = {"inputs": picture, "question": question, "parameters": {}, "image": picture}
+    body = {"inputs": picture, "question": question, "parameters": parameters or {}, "image": picture}
     return {"path": "/vqa", "body": json.dumps(body), "right": right}
 
 
@@ -110,6 +129,8 @@ class Bodies:
         rights = [answers(question, content) for question, content in zip(questions, self.contents, strict=True)]
         self.asked = list(zip(self.contents, questions, rights, strict=True))
         some = questions[:16]
+        of_one = answers(some, self.contents[0])
+        self.about_one = [(self.contents[0], question, right) for question, right in zip(some, of_one, strict=True)]
         ways = {
             "different": [single(content, question, [right]) for content, question, right in self.asked],
             "same": [
@@ -211,14 +232,14 @@ def service(directory, **more):
         yield port
 
 
-def direct(directory, bodies, seconds):
+def direct(directory, asked, seconds):
     """Questions a second of `infer` in a loop, in this process and one thread."""
     _, processor = load_blip()
     compiled = NeuronBlipForQuestionAnswering.from_pretrained(directory)
     torch.set_num_threads(1)
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
-        content, question, right = bodies.asked[count % PICTURES]
+        content, question, right = asked[count % len(asked)]
         text, _ = infer(compiled, processor, question, content, return_scores=True, **MOST)
         assert text == right, (text, right)
         count += 1
@@ -254,7 +275,12 @@ def throughput(given):
     around the compiled model, the same around Hugging Face's own, and `infer` in a loop. Three rounds, in turns."""
     rounds = []
     for _ in range(3):
-        said = {"infer, a loop": {"different": direct(given.plain, given.bodies, given.seconds)}}
+        said = {
+            "infer, a loop": {
+                "different": direct(given.plain, given.bodies.asked, given.seconds),
+                "same": direct(given.plain, given.bodies.about_one, given.seconds),
+            }
+        }
         for name, model in (("FastAPI and a lock", given.plain), ("FastAPI, a lock, eager", "eager")):
             with plain(model) as port:
                 load(port, given.bodies.path("different"), 3, clients=2)
@@ -262,18 +288,14 @@ def throughput(given):
                     way: summary(load(port, given.bodies.path(way), given.seconds, clients=8))
                     for way in ("different", "same")
                 }
-        for count in (REPLICAS, 1):
-            with service(given.directory, seen_bytes=1, replicas=count) as port:
-                load(port, given.bodies.path("different"), 4, clients=4)
-                ways = {"different": summary(load(port, given.bodies.path("different"), given.seconds, clients=8))}
-                ways["different, 16 clients"] = summary(
-                    load(port, given.bodies.path("different"), given.seconds, clients=16)
-                )
-            with service(given.directory, replicas=count) as port:
-                load(port, given.bodies.path("same"), 4, clients=4)
-                ways["same"] = summary(load(port, given.bodies.path("same"), given.seconds, clients=8))
-                ways["same, 16 clients"] = summary(load(port, given.bodies.path("same"), given.seconds, clients=16))
-            said[f"the service, {count} replica{'s' * (count > 1)}"] = ways
+        with service(given.directory, seen_bytes=FEW) as port:
+            load(port, given.bodies.path("different"), 4, clients=4)
+            ways = {
+                way + more: summary(load(port, given.bodies.path(way), given.seconds, clients=clients))
+                for way in ("different", "same")
+                for more, clients in (("", 8), (", 16 clients", 16))
+            }
+        said[f"the service, {REPLICAS} replicas"] = ways
         rounds.append(said)
         show({"round": said})
     return rounds
@@ -282,7 +304,7 @@ def throughput(given):
 def sweep(given):
     """A rising rate, open loop: how many are answered, how fast, and where the time goes. The knee is the highest rate
     of which 99 % are answered. Then twice the knee for a minute."""
-    with service(given.directory, seen_bytes=1) as port:
+    with service(given.directory, seen_bytes=FEW) as port:
         path = given.bodies.path("different")
         load(port, path, 4, clients=4)
         most = summary(load(port, path, given.seconds, clients=16))["a second"]
@@ -305,7 +327,7 @@ def kills(given):
     """Half the knee's rate for a minute, and a replica killed every ten seconds; once more with clients that retry."""
     said = {}
     for retries in (0, 1):
-        with service(given.directory, seen_bytes=1) as port:
+        with service(given.directory, seen_bytes=FEW) as port:
             load(port, given.bodies.path("different"), 4, clients=4)
             killed = []
             asking = beside(port, given.bodies.path("different"), given.minute, rate=given.knee / 2, retries=retries)
@@ -338,7 +360,7 @@ def reloads(given):
     other = BUILD / "serve-other"
     trace(model[0], other, BlipShapes(batch_size=2, num_beams=4, question_length=32, answer_length=24))
     known = {path: known_answer(path, model[0], processor)[1] for path in (other, Path(given.directory))}
-    with service(given.directory, seen_bytes=1) as port:
+    with service(given.directory, seen_bytes=FEW) as port:
         load(port, given.bodies.path("different"), 4, clients=4)
         asking = beside(port, given.bodies.path("different"), given.minute, rate=given.knee / 2)
         time.sleep(5)
@@ -355,7 +377,7 @@ def reloads(given):
 
 def hostile_beside(given):
     """At least 200 hostile requests beside normal load."""
-    with service(given.directory, seen_bytes=1) as port:
+    with service(given.directory, seen_bytes=FEW) as port:
         load(port, given.bodies.path("different"), 4, clients=4)
         asking = {
             name: beside(port, given.bodies.path(name), 30, rate=rate)
@@ -388,6 +410,82 @@ def soak(given):
     }
 
 
+class Held(Constant):
+    """A graph of full size that returns a constant, and holds its core as long as a NeuronCore would at best: the host
+    waits, as for a device."""
+
+    def __init__(self, module, example_inputs, config, times):
+        super().__init__(module, example_inputs, config)
+        self.seconds = times * count_cost(module, example_inputs).seconds("bf16")
+
+    def forward(self, *inputs):
+        time.sleep(self.seconds)
+        return self.output
+
+
+def held_model(times):
+    """The cached decoder's graphs of full size, for four questions about a picture and eight rows of answers."""
+    with torch.device("meta"):
+        model = make_model().eval()
+        parts = parts_to_trace(model, SIMULATED, "cached")
+    graphs = {name: Held(*part, model.config.text_config, times) for name, part in parts.items()}
+    settings = model.text_decoder.generation_config
+    return NeuronBlipForQuestionAnswering(model.config, graphs, SIMULATED, settings, DECODERS["cached"][-1])
+
+
+def simulation(given):
+    """Not Inf2: in place of its graphs there are pauses as long as the bound in bf16, times 1 and times 3. The host's
+    work is real: HTTP, pictures, batches, ``generate()``. Two replicas, 16 clients, new pictures."""
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    processor = BlipProcessor(BlipImageProcessorPil(size=size), make_tokenizer())
+    right = processor.decode([A_TOKEN] * STEPS)
+    pictures = [jpeg(example.image, seed) for seed, example in enumerate(examples("held-out", 60))]
+    bodies = given.bodies.path("simulation")
+    lines = [single(content, QUESTIONS[0], [right], {"max_new_tokens": STEPS}) for content in pictures]
+    bodies.write_text("\n".join(map(json.dumps, lines)))
+    said = {}
+    for times in (1, 3):
+        held = {name: module.seconds for name, module in held_model(times).named_modules() if isinstance(module, Held)}
+
+        @serve.deployment(
+            num_replicas=REPLICAS,
+            max_ongoing_requests=32,
+            ray_actor_options={"num_cpus": 1, "resources": {"neuron_cores": 1}},
+        )
+        class Simulated(Answerer.func_or_class):
+            def _load(self, directory, known, times=times):
+                return Answering(held_model(times), self._processor, self._seen_bytes)
+
+            async def check_health(self):
+                pass
+
+        port = free_port()
+        with cluster(REPLICAS, 1, "127.0.0.1", port):
+            known = Known("", "", "")
+            run(Ingress.bind(Simulated.bind("/nowhere", processor, known, FEW), processor, 64, FEW))
+            load(port, bodies, 4, clients=4)
+            before = cpu_seconds()
+            rows = load(port, bodies, given.seconds, clients=16)
+            spent, answered = cpu_seconds() - before, sum(row[3] == "answered" for row in rows)
+        found = summary(rows)
+        said[f"times {times}"] = {
+            **found,
+            "seconds of the graphs": held,
+            "the host's CPU, ms a question": 1e3 * spent / answered,
+        }
+    return said
+
+
+def cpu_seconds():
+    """Of all processes of the service together."""
+    total = 0.0
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if not any("locust" in word for word in process.cmdline()):
+                total += sum(process.cpu_times()[:2])
+    return total
+
+
 PARTS = {
     "throughput": throughput,
     "sweep": sweep,
@@ -395,6 +493,7 @@ PARTS = {
     "reloads": reloads,
     "hostile": hostile_beside,
     "soak": soak,
+    "simulation": simulation,
 }
 
 

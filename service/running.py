@@ -41,7 +41,8 @@ def started(arguments, *, host="127.0.0.1", port=8000, page=False):
 @contextlib.contextmanager
 def cluster(replicas, ingresses, host, port):
     """Ray and Ray Serve on this machine, with a declared core for each replica where there is no Neuron."""
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    for name in ("ray", "ray.serve"):  # what is wrong comes as an exception or a status
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     cores = {} if default_backend() == "neuron" else {"resources": {"neuron_cores": replicas}}
     with settings_of_ray():
         try:
@@ -50,7 +51,7 @@ def cluster(replicas, ingresses, host, port):
                 num_cpus=max(os.cpu_count() or 1, replicas + ingresses + 1),
                 include_dashboard=False,
                 log_to_driver=False,
-                logging_level=logging.ERROR,
+                logging_level=logging.CRITICAL,
                 object_store_memory=2**28,
                 **cores,
             )
@@ -165,7 +166,7 @@ def change_over(directory, known):
     """Have all replicas of the running service answer from `directory`; what was done, in a sentence."""
     answerer = serve.get_deployment_handle("Answerer", "vqa")
     started_with = answerer.started_with.remote().result()
-    reasons = answerer.broadcast("load_next", str(directory), known).results()
+    reasons = answerer.broadcast("load_next", str(Path(directory).resolve()), known).results()
     refused = [reason for reason in reasons if reason is not None]
     if refused:
         answerer.broadcast("drop_next").results()
