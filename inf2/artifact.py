@@ -143,7 +143,9 @@ def load_parts(directory, *, core=None):
         raise ValueError(f"{', '.join(missing)} not traced yet; call trace() again, it goes on where it stopped")
     return {
         name: StaticGraph(
-            load_traced(directory / f"{name}.pt", core=core, with_state=bool(part["state"])),
+            load_traced(
+                directory / f"{name}.pt", backend=manifest["backend"], core=core, with_state=bool(part["state"])
+            ),
             part["inputs"],
             keeps_state=bool(part["state"]),
         )

@@ -165,15 +165,16 @@ def save_traced(traced, path):
         torch.jit.save(traced, file)
 
 
-def load_traced(path, *, core=None, with_state=False):
+def load_traced(path, *, backend=None, core=None, with_state=False):
     """Load a traced module, in any grad and inference mode; on Neuron onto the NeuronCore `core`, or the next one.
 
-    OpenVINO compiles its modules here, for as many threads as PyTorch has.
+    `backend` is what it was traced for, by default "neuron" where torch_neuronx is installed: a module for the CPU
+    takes no core there. OpenVINO compiles its modules here, for as many threads as PyTorch has.
 
     State comes to the host with the file: `with_state`, which needs a `core`, takes it to that core.
     """
     with torch.inference_mode(False):
-        if not neuron_is_here():
+        if not neuron_is_here() or backend in ("cpu", "openvino"):
             traced = torch.jit.load(str(path))
             compile_loaded(traced)
             return traced

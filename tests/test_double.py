@@ -470,3 +470,12 @@ def test_each_replica_has_a_core_and_a_state_of_its_own(double, tmp_path, expect
     ids, mask = pad(QUESTIONS)
     assert cut(replicas[0].generate(ids, PIXELS, mask)) == expected
     assert not any(state.any() for state in list(replicas[1].text_decoder.decoder.parameters())[:4])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_artifact_for_the_cpu_takes_no_core(double, tmp_path, monkeypatch, expected, way):
+    monkeypatch.setenv("TORCH_NEURONX_DOUBLE_CORES", str(tmp_path))
+    compiled = blip_helpers.trace(make_tiny_blip(), tmp_path / way, TINY_SHAPES, backend="cpu", **WAYS[way])
+    ids, mask = pad(QUESTIONS)
+    assert cut(compiled.generate(ids, PIXELS, mask)) == expected
+    assert not list(tmp_path.glob("core*"))

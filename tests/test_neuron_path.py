@@ -20,7 +20,10 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("0[1-57]_*.ipynb"))
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """Run a copy of a notebook, which so writes into a build/ of its own; return it and the double's log."""
+    """Run a copy of a notebook, up to the cell with `until`; return it and the double's log.
+
+    A copy writes into a build/ of its own.
+    """
     monkeypatch.syspath_prepend(ROOT)
     import run_series
 
@@ -36,17 +39,20 @@ def run(monkeypatch, tmp_path):
     for name in ("BLIP_MODEL", "RESNET_MODEL", "TORCH_NEURONX_DOUBLE_DEVICE", "NEURON_RT_VISIBLE_CORES"):
         monkeypatch.delenv(name, raising=False)
 
-    def run_copy(path):
+    def run_copy(path, until=None):
         (tmp_path / "notebooks").mkdir()
         copied = tmp_path / "notebooks" / path.name
         notebook = nbformat.read(path, as_version=4)
+        if until is not None:
+            heading = next(i for i, cell in enumerate(notebook.cells) if until in cell.source)
+            notebook.cells = notebook.cells[:heading]
         notebook.cells += [new_code_cell(code) for code in solutions(notebook)]
         nbformat.write(notebook, copied)
         for figures in path.parent.glob("figures*.py"):
             shutil.copy(figures, copied.parent)
         (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")  # whose stored measurements a notebook reads
         notebook, _ = run_series.run(copied)
-        return notebook, [json.loads(line) for line in log.read_text().splitlines()]
+        return notebook, [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
 
     yield run_copy
     sys.modules.pop("run_series", None)
@@ -68,3 +74,10 @@ def test_notebook_runs_through_torch_neuronx(run, path):
         assert any(trace["states"] for trace in traces)
     if path.stem.startswith("07"):
         assert any("matmult" in trace["compiler_args"] for trace in traces)
+
+
+def test_08_leaves_every_core_to_the_service(run, tmp_path):
+    """Without the cells that start Ray, which detects cores by a tool of AWS."""
+    notebook, traces = run(ROOT / "notebooks" / "08_host.ipynb", until="## Batches that form by themselves")
+    assert "compiled cells run on: test double of torch_neuronx\n" in printed(notebook)
+    assert not traces and not list(tmp_path.glob("core*"))
