@@ -209,6 +209,9 @@ def read_arguments(arguments=None):
     )
     four.add_argument("--host", default="127.0.0.1", help="0.0.0.0 answers other machines too; 127.0.0.1 by default")
     four.add_argument("--port", type=positive, default=8000)
+    four.add_argument(
+        "--metrics-port", type=positive, help="where Prometheus reads; by default a free one, which is said"
+    )
     five = commands.add_parser("reload", help="give the service of this machine another artifact, without a gap")
     five.add_argument("directory", help="what trace or compile left")
     five.add_argument("--model", help=help_model)

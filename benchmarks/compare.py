@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import others
 import torch
 from tqdm import tqdm
 
@@ -29,14 +30,16 @@ from blip_helpers import (
     trace,
     trace_module,
 )
+from blip_one_call import Pixels
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "benchmark"
 # Freed memory stays with the process: otherwise glibc gives large blocks back and asks for them again in every call.
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TOP_PAD_": str(64 * 2**20)}
 QUESTION_TOKENS, NEW_TOKENS, QUESTIONS = 8, 3, 8
+UNROLLED = {"unrolled_steps": 4}  # one more than the answers need, as who serves answers of up to four would have it
 WORKS = {"one": "one question", "eight": f"{QUESTIONS} questions", "step": "a step"}
-LIMIT = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
+LIMIT = {"max_new_tokens": NEW_TOKENS}
 
 
 class ArticleDecoder(PaddedDecoder):
@@ -86,38 +89,75 @@ def eager_step(model, questions, answer_length):
 
 
 def contestants(model, name, arguments, pixels, questions):
-    """For each kind of work its contestants: ``{work: {name: (prepare, call)}}``; prepare is not timed."""
+    """For each kind of work its contestants: ``{work: {name: (prepare, call)}}``; prepare is not timed.
+
+    `pixels` are those of a resized picture, uint8.
+    """
     works = {work: {} for work in WORKS}
     one, eight, step = works.values()
+    pictures = Pixels().normalise(pixels)
 
     def add(work, contestant, call):
         work[contestant] = (lambda: None, lambda _: call())
 
+    def add_both(contestant, call):
+        add(one, contestant, lambda: call(questions[:1]))
+        add(eight, contestant, lambda: call(questions))
+
     for dtype in arguments.dtypes:
         short = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
         eager = model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
-        pictures = pixels.to(dtype)
-        add(one, f"HF eager {short}", lambda m=eager, p=pictures: one_by_one(m, questions[:1], p))
-        add(eight, f"HF eager {short}", lambda m=eager, p=pictures: one_by_one(m, questions, p))
-        add(eight, f"HF eager {short}, vision once", lambda m=eager, p=pictures: vision_once(m, questions, p))
+        cast = pictures.to(dtype)
+        add_both(f"HF eager {short}", lambda q, m=eager, p=cast: one_by_one(m, q, p))
+        add(eight, f"HF eager {short}, vision once", lambda m=eager, p=cast: vision_once(m, questions, p))
         step[f"HF eager {short}, its cache"] = eager_step(eager, questions, arguments.answer_length)
-        for kind in ("padded", "cached"):
+        if arguments.others:
+            add_others(add_both, model, eager, short, arguments.threads, pictures)
+        add_ours(add, works, model, name, arguments, pixels, questions, dtype, short)
+    return {WORKS[work]: works[work] for work in arguments.work}
+
+
+def add_others(add_both, model, eager, short, threads, pictures):
+    """Those of `others`, as far as they are installed; ONNX Runtime in fp32 alone, which is what an export gives."""
+    compiled = others.by_torch(eager)
+    add_both(f"torch.compile {short}", lambda q: one_by_one(compiled, q, pictures.to(eager.dtype)))
+    plainly = {}
+    if others.installed("onnxruntime") and short == "fp32":
+        plainly["ONNX Runtime"] = others.by_onnx_runtime(model, QUESTION_TOKENS, BUILD, threads)
+    if others.installed("openvino"):
+        precision = {"fp32": "f32", "bf16": "bf16"}[short]
+        plainly["OpenVINO"] = others.by_openvino(model, QUESTION_TOKENS, precision, threads)
+    for name, calls in plainly.items():
+        add_both(f"{name} {short}, plainly", lambda q, c=calls: others.answer(c, model, q, pictures, NEW_TOKENS))
+
+
+def add_ours(add, works, model, name, arguments, pixels, questions, dtype, short):
+    """Each decoder on the CPU stand-in, and where it is installed on OpenVINO; beside them the article's."""
+    one, eight, step = works.values()
+    pictures = Pixels().normalise(pixels)
+    for backend in ("cpu", "openvino"):
+        if backend == "openvino" and not (others.installed("openvino") and arguments.others):
+            continue
+        where = {"cpu": "", "openvino": ", OpenVINO"}[backend]
+        for kind in ("padded", "cached", "unrolled"):
             for count, work in ((1, one), (QUESTIONS, eight)):
-                shapes = BlipShapes(count, 1, QUESTION_TOKENS, arguments.answer_length)
-                directory = BUILD / f"{name}-{kind}-{short}-{count}-{arguments.answer_length}"
-                compiled = trace(model, directory, shapes, decoder=kind, dtype=dtype)
+                shapes = BlipShapes(
+                    count, 1, QUESTION_TOKENS, arguments.answer_length, **UNROLLED if kind == "unrolled" else {}
+                )
+                directory = BUILD / f"{name}-{kind}-{short}-{count}-{arguments.answer_length}{where[2:]}"
+                compiled = trace(model, directory, shapes, decoder=kind, dtype=dtype, backend=backend)
+                given = pixels if kind == "unrolled" else pictures
                 asked = questions[:count]
-                add(work, f"{kind} {short}", lambda c=compiled, q=asked: c.generate(q, pixels, **LIMIT))
-                if count == 1:
+                add(work, f"{kind} {short}{where}", lambda c=compiled, q=asked, p=given: c.generate(q, p, **LIMIT))
+                if count == 1 and backend == "cpu" and kind != "unrolled":
                     _, inputs = parts_to_trace(model, shapes, kind)["text_decoder"]
                     add(step, f"{kind} {short}", lambda c=compiled, i=inputs: c.text_decoder.decoder.decoder(*i))
                     if kind == "padded" and dtype == torch.float32:
                         graph = trace_module(ArticleDecoder(model.text_decoder), inputs)
                         whole = with_decoder(compiled, graph)
                         add(step, "the article's fp32", lambda g=graph, i=inputs: g(*i))
-                        add(one, "the article's fp32", lambda w=whole: one_by_one(w, questions[:1], pixels))
-                        add(eight, "the article's fp32", lambda w=whole: one_by_one(w, questions, pixels))
-    return {WORKS[work]: works[work] for work in arguments.work}
+                        add(one, "the article's fp32", lambda w=whole: one_by_one(w, questions[:1], pictures))
+                        add(eight, "the article's fp32", lambda w=whole: one_by_one(w, questions, pictures))
 
 
 def with_decoder(compiled, graph):
@@ -129,18 +169,35 @@ def with_decoder(compiled, graph):
     )
 
 
-def measure(works, rounds):
-    """Seconds of every contestant in every round, after one round that is thrown away."""
+def measure(works, rounds, end):
+    """Seconds of every contestant in every round, after one round that is thrown away, and in how many answers of that
+    round a contestant differs from the first one of its work, up to the token `end`."""
     times = {work: {name: [] for name in entries} for work, entries in works.items()}
+    answers = {}
     for turn in tqdm(range(rounds + 1), desc="rounds, the first to warm up"):
         for work, entries in works.items():
             for name, (prepare, call) in entries.items():
                 given = prepare()
                 start = time.perf_counter()
-                call(given)
+                output = call(given)
                 if turn:
                     times[work][name].append(time.perf_counter() - start)
-    return times
+                elif work != WORKS["step"]:
+                    answers.setdefault(work, {})[name] = [until(end, row) for row in output.tolist()]
+    differ = {
+        work: {
+            name: sum(row != first for row, first in zip(rows, next(iter(entries.values())), strict=True))
+            for name, rows in entries.items()
+        }
+        for work, entries in answers.items()
+    }
+    return times, differ
+
+
+def until(end, tokens):
+    """Token ids of an answer without the first, which starts it, up to the one that ends it."""
+    tokens = tokens[1:]
+    return tokens[: tokens.index(end)] if end in tokens else tokens
 
 
 def machine():
@@ -160,7 +217,7 @@ def machine():
     }
 
 
-def table(times):
+def table(times, differ):
     """Median, quartiles in milliseconds, and how many times as fast as the work's first contestant."""
     rows = []
     for work, entries in times.items():
@@ -168,9 +225,8 @@ def table(times):
         for name, seconds in entries.items():
             low, middle, high = (1e3 * q for q in statistics.quantiles(seconds, n=4, method="inclusive"))
             base = base or middle
-            rows.append(
-                {"work": work, "name": name, "median": middle, "low": low, "high": high, "ratio": base / middle}
-            )
+            row = {"work": work, "name": name, "median": middle, "low": low, "high": high, "ratio": base / middle}
+            rows.append(row | {"answers that differ": differ[work][name]} if work in differ else row)
     return rows
 
 
@@ -196,6 +252,12 @@ def read_arguments():
     parser.add_argument("--answer-length", type=int, default=20, help="A, the start token counts (20)")
     parser.add_argument("--rounds", type=int, default=9, help="at least 7 (9)")
     parser.add_argument("--dtypes", default="fp32,bf16", help="fp32, bf16 or both")
+    parser.add_argument(
+        "--others",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="torch.compile, and ONNX Runtime and OpenVINO where they are installed; compiling takes minutes",
+    )
     parser.add_argument("--work", default="one,eight,step", help="any of one,eight,step")
     arguments = parser.parse_args()
     known = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -228,15 +290,19 @@ def main():
         model, _ = load_blip(None if arguments.model == "tiny" else arguments.model)
         name = Path(arguments.model).name
     config = model.config
-    pixels = torch.randn(1, 3, config.vision_config.image_size, config.vision_config.image_size)
+    size = config.vision_config.image_size
+    pixels = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8)
     questions = torch.randint(5, config.text_config.vocab_size - 5, (QUESTIONS, QUESTION_TOKENS))
     works = contestants(model, name, arguments, pixels, questions)
-    rows = table(measure(works, arguments.rounds))
+    rows = table(*measure(works, arguments.rounds, config.text_config.sep_token_id))
 
     print(f"\n{'work':<14}{'contestant':<30}{'median':>10}{'quartiles':>20}{'times as fast':>15}")
     for row in rows:
         quartiles = f"{row['low']:.1f} to {row['high']:.1f}"
-        print(f"{row['work']:<14}{row['name']:<30}{row['median']:>7.1f} ms{quartiles:>20}{row['ratio']:>14.2f}x")
+        print(
+            f"{row['work']:<14}{row['name']:<30}{row['median']:>7.1f} ms{quartiles:>20}{row['ratio']:>14.2f}x", end=""
+        )
+        print(f"  {row['answers that differ']} answers differ" if row.get("answers that differ") else "")
     said = {"model": name, "threads": arguments.threads, "answer_length": arguments.answer_length, **machine()}
     for key, value in said.items():
         print(f"{key}: {value}")

@@ -20,16 +20,19 @@ TIMEOUT = 30  # seconds that a request may take before it is answered with 408
 
 
 @contextlib.contextmanager
-def started(arguments, *, host="127.0.0.1", port=8000, page=False):
+def started(arguments, *, host="127.0.0.1", port=8000, metrics_port=None, page=False):
     """The service on this machine, as long as the ``with`` goes on; then every process that it started has ended.
 
-    `arguments` is a `service.app.VqaArguments`. Yields the address that it answers at. On Neuron the cores are those
+    `arguments` is a `service.app.VqaArguments`. Yields the address that it answers at; what it counts is at
+    `metrics_port`, for Prometheus. On Neuron the cores are those
     that Ray detects; elsewhere as many are declared as there are replicas. A `ValueError` says what is wrong with the
     artifact, a `RuntimeError` what is with the machine.
     """
-    check_port(host, port)
+    check_port(host, port, "--port")
+    if metrics_port is not None:
+        check_port("0.0.0.0", metrics_port, "--metrics-port")
     application = vqa(arguments)
-    with cluster(arguments.replicas, arguments.ingresses or 1, host, port):
+    with cluster(arguments.replicas, arguments.ingresses or 1, host, port, metrics_port):
         run(application)
         if page:
             from service.page import page as page_of  # Gradio takes seconds to import
@@ -39,7 +42,7 @@ def started(arguments, *, host="127.0.0.1", port=8000, page=False):
 
 
 @contextlib.contextmanager
-def cluster(replicas, ingresses, host, port):
+def cluster(replicas, ingresses, host, port, metrics_port=None):
     """Ray and Ray Serve on this machine, with a declared core for each replica where there is no Neuron."""
     for name in ("ray", "ray.serve"):  # what is wrong comes as an exception or a status
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -53,6 +56,7 @@ def cluster(replicas, ingresses, host, port):
                 log_to_driver=False,
                 logging_level=logging.CRITICAL,
                 object_store_memory=2**28,
+                _metrics_export_port=metrics_port,
                 **cores,
             )
             if replicas > (there := int(ray.cluster_resources().get("neuron_cores", 0))):
@@ -103,15 +107,14 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def check_port(host, port):
+def check_port(host, port, option):
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError as error:
-            raise RuntimeError(
-                f"port {port} of {host} cannot be used ({error.strerror}): choose another --port"
-            ) from None
+        except (OSError, OverflowError) as error:
+            why = getattr(error, "strerror", error)
+            raise RuntimeError(f"port {port} of {host} cannot be used ({why}): choose another {option}") from None
 
 
 def serve_until_interrupted(arguments):
@@ -120,10 +123,12 @@ def serve_until_interrupted(arguments):
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # until all is there both end it at once
     of_vqa = VqaArguments(**{name: getattr(arguments, name) for name in VqaArguments.model_fields})
     print(f"starting {arguments.replicas} replicas of {arguments.directory} ...", flush=True)
-    with started(of_vqa, host=arguments.host, port=arguments.port, page=True) as address:
+    metrics_port = arguments.metrics_port or free_port()
+    where = {"host": arguments.host, "port": arguments.port, "metrics_port": metrics_port}
+    with started(of_vqa, **where, page=True) as address:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
-        print(HOW_TO.format(address=address, directory=arguments.directory), flush=True)
+        print(HOW_TO.format(address=address, metrics=f"http://127.0.0.1:{metrics_port}/metrics"), flush=True)
         stop.wait()
         print("ending ...", flush=True)
     return 0
@@ -132,6 +137,7 @@ def serve_until_interrupted(arguments):
 HOW_TO = """
 a page to try it on    {address}/
 the API, described     {address}/docs
+what is counted        {metrics}
 a new artifact         python blip.py reload DIRECTORY
 to end it              Ctrl-C
 

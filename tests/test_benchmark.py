@@ -14,11 +14,13 @@ def compare(*arguments):
 
 
 def test_the_benchmark_prints_and_writes_every_contestant():
-    done = compare("--dtypes", "fp32", "--rounds", "7", "--work", "step", "--answer-length", "6")
+    done = compare("--dtypes", "fp32", "--rounds", "7", "--work", "step,one", "--answer-length", "6", "--no-others")
     assert done.returncode == 0, done.stderr
     written = json.loads((ROOT / "build" / "benchmark" / "tiny-6.json").read_text())
     names = [row["name"] for row in written["rows"]]
-    assert names == ["HF eager fp32, its cache", "padded fp32", "the article's fp32", "cached fp32"]
+    ours = ["padded fp32", "the article's fp32", "cached fp32"]
+    assert names == ["HF eager fp32, its cache", *ours, "HF eager fp32", *ours, "unrolled fp32"]
+    assert {row["answers that differ"] for row in written["rows"] if "answers that differ" in row} == {0}
     assert all(name in done.stdout for name in names) and written["machine"]["torch"] in done.stdout
     assert (ROOT / "build" / "benchmark" / "tiny-6.png").stat().st_size > 1000
 

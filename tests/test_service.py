@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ from blip_helpers import BlipShapes, infer, load_blip, trace
 from models.scenes import examples
 from service.app import VqaArguments
 from service.artifacts import known_answer
-from service.running import change_over, started
+from service.running import change_over, check_port, started
 
 ROOT = Path(__file__).parents[1]
 ASKED = list(examples("held-out", 24, start=100))
@@ -59,8 +60,14 @@ def directory(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def address(directory):
-    with started(VqaArguments(directory=str(directory), replicas=2), port=free_port()) as address:
+def metrics_port():
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def address(directory, metrics_port):
+    arguments = VqaArguments(directory=str(directory), replicas=2)
+    with started(arguments, port=free_port(), metrics_port=metrics_port) as address:
         yield address
     left = [
         process.name() for process in psutil.Process().children(recursive=True) if "ray" in " ".join(process.cmdline())
@@ -262,6 +269,23 @@ def test_a_replica_that_is_killed_is_replaced_and_serves_what_was_served(address
     assert {post(address, json=body()).json()[0]["artifact"] for _ in range(20)} == {known.artifact}
 
 
+def test_what_the_dashboard_shows_is_counted(address, metrics_port):
+    """Ray exports every ten seconds."""
+    dashboard = json.loads((ROOT / "deploy" / "grafana.json").read_text())
+    expressions = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
+    shown = set(re.findall(r"\bray_\w+", expressions))
+    assert post(address, json=body()).status_code == 200
+    deadline, counted = time.time() + 60, set()
+    while not shown <= counted and time.time() < deadline:
+        time.sleep(0.5)
+        text = requests.get(f"http://127.0.0.1:{metrics_port}/metrics", timeout=10).text
+        counted = set(re.findall(r"^(ray_\w+)", text, re.M))
+    assert shown and shown <= counted
+    for label in set(re.findall(r"by \(([^)]*)\)", expressions)):
+        for name in label.split(", "):
+            assert f'{name}="' in text, name
+
+
 def test_the_command_ends_with_ctrl_c_and_leaves_no_process(directory, address):
     port = free_port()
     command = [sys.executable, "blip.py", "serve", str(directory), "--port", str(port)]
@@ -280,6 +304,19 @@ def test_the_command_ends_with_ctrl_c_and_leaves_no_process(directory, address):
     assert process.returncode == 0, said
     _, alive = psutil.wait_procs(family, timeout=10)
     assert alive == []
+
+
+@pytest.mark.parametrize("port", [1, 65_536])
+def test_a_port_that_cannot_be_used_is_named(port, monkeypatch):
+    def denied(self, address):
+        raise PermissionError(13, "Permission denied")
+
+    if port == 1:  # root may use it
+        monkeypatch.setattr(socket.socket, "bind", denied)
+    with pytest.raises(
+        RuntimeError, match=f"port {port} of 127.0.0.1 cannot be used .*: choose another --metrics-port"
+    ):
+        check_port("127.0.0.1", port, "--metrics-port")
 
 
 @pytest.mark.parametrize(
