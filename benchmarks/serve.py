@@ -495,6 +495,7 @@ PARTS = {
     "soak": soak,
     "simulation": simulation,
 }
+AT_HALF_THE_KNEE = ("kills", "reloads", "hostile")
 
 
 def show(value):
@@ -528,9 +529,11 @@ def main():
     with tempfile.TemporaryDirectory() as directory:
         given.bodies = Bodies(directory)
         for name in given.parts.split(","):
-            given.knee = results.get("sweep", {}).get("knee", {}).get("rate", 40)
+            given.knee = results["sweep"]["said"]["knee"]["rate"] if "sweep" in results else 40
             print(f"{name}: {PARTS[name].__doc__}", flush=True)
             results[name] = {"date": time.strftime("%Y-%m-%d"), "machine": about(), "said": PARTS[name](given)}
+            if name in AT_HALF_THE_KNEE:
+                results[name]["asked a second"] = given.knee / 2
             show(results[name]["said"])
             path.write_text(json.dumps(results, indent=1))
     print(f"written: {path.relative_to(ROOT)}")

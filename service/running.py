@@ -7,6 +7,8 @@ import signal
 import socket
 import tempfile
 import threading
+import time
+import urllib.request
 from pathlib import Path
 
 import ray
@@ -24,9 +26,8 @@ def started(arguments, *, host="127.0.0.1", port=8000, metrics_port=None, page=F
     """The service on this machine, as long as the ``with`` goes on; then every process that it started has ended.
 
     `arguments` is a `service.app.VqaArguments`. Yields the address that it answers at; what it counts is at
-    `metrics_port`, for Prometheus. On Neuron the cores are those
-    that Ray detects; elsewhere as many are declared as there are replicas. A `ValueError` says what is wrong with the
-    artifact, a `RuntimeError` what is with the machine.
+    `metrics_port`, for Prometheus. On Neuron the cores are those that Ray detects; elsewhere as many are declared as
+    there are replicas. A `ValueError` says what is wrong with the artifact, a `RuntimeError` what is with the machine.
     """
     check_port(host, port, "--port")
     if metrics_port is not None:
@@ -38,7 +39,9 @@ def started(arguments, *, host="127.0.0.1", port=8000, metrics_port=None, page=F
             from service.page import page as page_of  # Gradio takes seconds to import
 
             run(page_of({}), "page", "/")
-        yield f"http://{host}:{port}"
+        address = f"http://{host}:{port}"
+        wait_until_answered(f"{address}/vqa/health")
+        yield address
 
 
 @contextlib.contextmanager
@@ -68,6 +71,20 @@ def cluster(replicas, ingresses, host, port, metrics_port=None):
             yield
         finally:
             ray.shutdown()  # ends the processes of the whole cluster, which was started for this service alone
+
+
+def wait_until_answered(url, seconds=120):
+    """HAProxy begins to listen some time after Serve says that all runs; a `RuntimeError` if it does not."""
+    until, why = time.monotonic() + seconds, None
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    while time.monotonic() < until:
+        try:
+            with opener.open(url, timeout=TIMEOUT):
+                return
+        except OSError as error:  # refused, or a status that is none of success
+            why = error
+            time.sleep(0.1)
+    raise RuntimeError(f"{url} does not answer after {seconds} s ({why})")
 
 
 def run(application, name="vqa", route_prefix="/vqa"):

@@ -1,6 +1,7 @@
 """The files in deploy/: what can be checked of them where no container and no cluster runs."""
 
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -67,3 +68,31 @@ def test_a_node_has_the_cores_that_it_asks_for(ray_service, serve_config):
     most = scaling.autoscaling_config["max_replicas"]
     assert most <= cores * workers["maxReplicas"]
     assert {port["containerPort"] for port in container["ports"]} >= {serve_config.http_options.port}
+
+
+def test_sizes_on_paper_follow_from_what_was_measured():
+    said = json.loads((ROOT / "benchmarks" / "serve.json").read_text())["simulation"]["said"]
+    text = " ".join((ROOT / "docs" / "hosting-sizes.md").read_text().split())
+    graphs = said["times 1"]["seconds of the graphs"]
+    decoder_and_question = graphs["text_encoder.graph"] + 4 * graphs["text_decoder.decoder.decoder"]
+    core = graphs["vision_model.graph"] + decoder_and_question / 4
+    host = said["times 1"]["the host's CPU, ms a question"] / 1e3
+    kilobytes, price = 2 * 94 * 4 / 3, 0.7582
+    a_chip, four_cpus = 2 / core, 4 / host
+    for figure in (
+        f"| {1e3 * core:.1f} ms |",
+        f"| {1e3 * host:.0f} ms of a CPU |",
+        f"| {kilobytes:.0f} kB |",
+        f"fed {said['times 1']['a second']:.0f} questions",
+        f"| {a_chip:,.0f} |",
+        f"| {a_chip / 3:.0f} |",
+        f"| {four_cpus:.0f} |",
+        f"need {a_chip * host:.0f} CPU cores in front of it, and {a_chip * host / 3:.0f} at three times",
+        *(
+            f"| {n:,} | {n * four_cpus:,.0f} | {n * four_cpus * kilobytes * 8e-6:.{digits}f} Gbit/s | "
+            f"{n * price:.{cents}f} | {price / 3600 / four_cpus * 1e6:.2f} |"
+            for n, digits, cents in ((1, 2, 2), (10, 1, 2), (1000, 0, 0))
+        ),
+        f"would cost {price / 3600 / a_chip * 1e6:.2f} dollars",
+    ):
+        assert figure in text, figure

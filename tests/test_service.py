@@ -294,7 +294,8 @@ def test_the_command_ends_with_ctrl_c_and_leaves_no_process(directory, address):
     try:
         while "to end it" not in said and (line := process.stdout.readline()):
             said += line
-        assert post(f"http://127.0.0.1:{port}", json=body()).status_code == 200, said
+        assert "to end it" in said
+        assert post(f"http://127.0.0.1:{port}", json=body()).status_code == 200
         family = psutil.Process(process.pid).children(recursive=True)
         assert family
         process.send_signal(signal.SIGINT)
