@@ -20,7 +20,7 @@ series: $(INSTALLED) ## run the notebooks in order, check every answer, leave th
 	@$(VENV_PYTHON) run_series.py
 
 test: $(INSTALLED) ## run every test, the notebooks' stored outputs included
-	@$(VENV_PYTHON) -m pytest -n 2 --dist loadfile
+	@$(VENV_PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 serve: $(INSTALLED) ## answer over HTTP, with a page to try it on, until Ctrl-C (SERVE="build/service --replicas 2")
 	@$(VENV_PYTHON) blip.py serve $(SERVE)
