@@ -64,13 +64,20 @@ def cluster(replicas, ingresses, host, port, metrics_port=None):
             )
             if replicas > (there := int(ray.cluster_resources().get("neuron_cores", 0))):
                 raise RuntimeError(f"{replicas} replicas need a NeuronCore each and there are {there}: ask for fewer")
-            serve.start(
-                http_options={"host": host, "port": port, "request_timeout_s": TIMEOUT},
-                logging_config={"log_level": "ERROR", "enable_access_log": False},
-            )
+            start_serve(http_options={"host": host, "port": port, "request_timeout_s": TIMEOUT})
             yield
         finally:
             ray.shutdown()  # ends the processes of the whole cluster, which was started for this service alone
+
+
+def start_serve(**options):
+    """As ``serve.start``, which gives its proxies a fixed minute, too little on a busy machine: a second call finds the
+    controller that the first one started, and the proxies go on starting meanwhile."""
+    options["logging_config"] = {"log_level": "ERROR", "enable_access_log": False}
+    try:
+        serve.start(**options)
+    except TimeoutError:
+        serve.start(**options)
 
 
 def wait_until_answered(url, seconds=120):

@@ -25,7 +25,7 @@ from blip_helpers import BlipShapes, infer, load_blip, trace
 from models.scenes import examples
 from service.app import VqaArguments
 from service.artifacts import known_answer
-from service.running import change_over, check_port, started
+from service.running import change_over, check_port, start_serve, started
 
 ROOT = Path(__file__).parents[1]
 ASKED = list(examples("held-out", 24, start=100))
@@ -305,6 +305,19 @@ def test_the_command_ends_with_ctrl_c_and_leaves_no_process(directory, address):
     assert process.returncode == 0, said
     _, alive = psutil.wait_procs(family, timeout=10)
     assert alive == []
+
+
+def test_proxies_that_need_more_than_a_minute_are_waited_for(monkeypatch):
+    calls = []
+
+    def start(**options):
+        calls.append(options["http_options"])
+        if len(calls) == 1:
+            raise TimeoutError("HTTP proxies not available after 60s.")
+
+    monkeypatch.setattr("service.running.serve.start", start)
+    start_serve(http_options={"port": 8000})
+    assert calls == [{"port": 8000}] * 2
 
 
 @pytest.mark.parametrize("port", [1, 65_536])
