@@ -10,8 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from ray import serve
 
-from service.answering import Answering
-from service.artifacts import artifact_hash, check_known, get_serving
+from service.artifacts import check_known, get_serving, load_known
 from service.batching import Batcher
 from service.faults import CoreLost
 from service.metrics import AnswererMetrics
@@ -54,13 +53,7 @@ class Answerer:
         self._answering, self._known = self._load(directory, known), known
 
     def _load(self, directory, known):
-        """Load an artifact and ask it the known question, which also warms it up; an exception if it may not answer."""
-        found = artifact_hash(directory)
-        if found != known.artifact:
-            raise ValueError(f"{directory} is artifact {found}, not {known.artifact}: it was changed meanwhile")
-        answering = Answering.load(directory, self._processor, self._seen_bytes)
-        check_known(answering, known)
-        return answering
+        return load_known(directory, self._processor, self._seen_bytes, known)
 
     async def __call__(self, ask):
         """Answer a `service.answering.Ask`.

@@ -2,7 +2,7 @@
 
 import os
 
-from pydantic import BaseModel
+from pydantic import BaseModel, PositiveInt
 
 from service.answerer import Answerer
 from service.artifacts import prepare, set_serving
@@ -32,9 +32,9 @@ class VqaArguments(BaseModel):
     directory: str
     model: str | None = None
     processor: str | None = None
-    replicas: int = 1
-    ingresses: int | None = None
-    seen_bytes: int = 2**28
+    replicas: PositiveInt = 1
+    ingresses: PositiveInt | None = None
+    seen_bytes: PositiveInt = 2**28
 
 
 def vqa(arguments: VqaArguments):

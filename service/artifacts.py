@@ -22,7 +22,7 @@ from blip_helpers import (
 from blip_inputs import question_tokens
 from blip_one_call import Pixels
 from models.scenes import examples
-from service.answering import Ask, pixels_of
+from service.answering import Answering, Ask, pixels_of
 
 SHAPES = BlipShapes(batch_size=4, num_beams=2, question_length=16, answer_length=24)
 
@@ -79,6 +79,24 @@ def known_answer(directory, model, processor):
 def artifact_hash(directory):
     """12 hexadecimal digits that say which artifact an answer is from: the beginning of its manifest's SHA-256."""
     return sha256(Path(directory) / "manifest.json")[:12]
+
+
+def load_known(directory, processor, seen_bytes, known):
+    """An `Answering` of an artifact that was asked the known question, which also warms it up.
+
+    Raises
+    ------
+    ValueError
+        If the artifact is damaged, or another one than `known` is for.
+    RuntimeError
+        If it answers the known question otherwise.
+    """
+    found = artifact_hash(directory)
+    if found != known.artifact:
+        raise ValueError(f"{directory} is artifact {found}, not {known.artifact}: it was changed meanwhile")
+    answering = Answering.load(directory, processor, seen_bytes)
+    check_known(answering, known)
+    return answering
 
 
 def check_known(answering, known):

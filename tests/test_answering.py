@@ -1,5 +1,7 @@
 """A batch on a core: grouped by picture and settings, equal to eager, and every error a value of its own row."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from blip_inputs import question_tokens
 from blip_one_call import Pixels
 from service import faults
 from service.answering import Answering, Ask, Failure, Settings, pixels_of
+from service.artifacts import known_answer, load_known
 from service.faults import CoreLost, on_the_core, status_of
 
 QUESTIONS = (
@@ -295,3 +298,24 @@ def test_what_no_second_try_changes_is_tried_once(status):
     with pytest.raises(RuntimeError):
         on_the_core(call, waits.append)
     assert waits == []
+
+
+@pytest.fixture
+def known(artifact, tiny, processor):
+    return known_answer(artifact, tiny, processor)[1]
+
+
+def test_an_artifact_that_gives_the_known_answer_may_serve(artifact, processor, known):
+    assert isinstance(load_known(artifact, processor, 2**20, known), Answering)
+
+
+def test_an_artifact_that_was_changed_meanwhile_does_not_serve(artifact, processor, known):
+    manifest = artifact / "manifest.json"
+    manifest.write_text(manifest.read_text() + "\n")
+    with pytest.raises(ValueError, match=f"not {known.artifact}: it was changed meanwhile"):
+        load_known(artifact, processor, 2**20, known)
+
+
+def test_an_artifact_that_answers_otherwise_does_not_serve(artifact, processor, known):
+    with pytest.raises(RuntimeError, match=r"the known question .* is answered .*, not 'another answer'"):
+        load_known(artifact, processor, 2**20, dataclasses.replace(known, answer="another answer"))

@@ -20,6 +20,7 @@ import requests
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
+from pydantic import ValidationError
 
 from blip_helpers import BlipShapes, infer, load_blip, trace
 from models.scenes import examples
@@ -331,6 +332,12 @@ def test_a_port_that_cannot_be_used_is_named(port, monkeypatch):
         RuntimeError, match=f"port {port} of 127.0.0.1 cannot be used .*: choose another --metrics-port"
     ):
         check_port("127.0.0.1", port, "--metrics-port")
+
+
+@pytest.mark.parametrize("name", ["replicas", "ingresses", "seen_bytes"])
+def test_a_configuration_with_none_of_what_it_needs_is_refused(name):
+    with pytest.raises(ValidationError, match=rf"{name}\n.*greater than 0"):
+        VqaArguments(directory="artifact", **{name: 0})
 
 
 @pytest.mark.parametrize(
