@@ -38,6 +38,7 @@ BUILD = ROOT / "build" / "benchmark"
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TOP_PAD_": str(64 * 2**20)}
 QUESTION_TOKENS, NEW_TOKENS, QUESTIONS = 8, 3, 8
 UNROLLED = {"unrolled_steps": 4}  # one more than the answers need, as who serves answers of up to four would have it
+DECODERS = ("padded", "cached", "unrolled")
 WORKS = {"one": "one question", "eight": f"{QUESTIONS} questions", "step": "a step"}
 LIMIT = {"max_new_tokens": NEW_TOKENS}
 
@@ -139,8 +140,11 @@ def add_ours(add, works, model, name, arguments, pixels, questions, dtype, short
         if backend == "openvino" and not (others.installed("openvino") and arguments.others):
             continue
         where = {"cpu": "", "openvino": ", OpenVINO"}[backend]
-        for kind in ("padded", "cached", "unrolled"):
-            for count, work in ((1, one), (QUESTIONS, eight)):
+        for kind in arguments.decoders:
+            for count, of_work in ((1, ("one", "step")), (QUESTIONS, ("eight",))):
+                if not set(of_work) & set(arguments.work):
+                    continue  # a model of full size takes up to 4 GB
+                work = works[of_work[0]]
                 shapes = BlipShapes(
                     count, 1, QUESTION_TOKENS, arguments.answer_length, **UNROLLED if kind == "unrolled" else {}
                 )
@@ -258,6 +262,7 @@ def read_arguments():
         default=True,
         help="torch.compile, and ONNX Runtime and OpenVINO where they are installed; compiling takes minutes",
     )
+    parser.add_argument("--decoders", default=",".join(DECODERS), help=f"any of {','.join(DECODERS)}")
     parser.add_argument("--work", default="one,eight,step", help="any of one,eight,step")
     arguments = parser.parse_args()
     known = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -267,8 +272,12 @@ def read_arguments():
         parser.error(f"--dtypes is {arguments.dtypes}: pass fp32, bf16 or fp32,bf16")
     if not set(arguments.work.split(",")) <= set(WORKS):
         parser.error(f"--work is {arguments.work}: pass any of one,eight,step")
-    if arguments.answer_length < NEW_TOKENS + 1:
-        parser.error(f"--answer-length is {arguments.answer_length}: {NEW_TOKENS} new tokens need {NEW_TOKENS + 1}")
+    if not set(arguments.decoders.split(",")) <= set(DECODERS):
+        parser.error(f"--decoders is {arguments.decoders}: pass any of {','.join(DECODERS)}")
+    arguments.decoders = arguments.decoders.split(",")
+    least = UNROLLED["unrolled_steps"] + 1 if "unrolled" in arguments.decoders else NEW_TOKENS + 1
+    if arguments.answer_length < least:
+        parser.error(f"--answer-length is {arguments.answer_length}: these decoders need {least}")
     arguments.dtypes = [known[short] for short in arguments.dtypes.split(",")]
     arguments.work = arguments.work.split(",")
     return arguments
@@ -306,10 +315,10 @@ def main():
     said = {"model": name, "threads": arguments.threads, "answer_length": arguments.answer_length, **machine()}
     for key, value in said.items():
         print(f"{key}: {value}")
-    stem = BUILD / f"{name}-{arguments.answer_length}"
-    stem.with_suffix(".json").write_text(json.dumps({"machine": said, "rows": rows}, indent=1))
-    plot(rows, stem.with_suffix(".png"), f"{name}, A = {arguments.answer_length}, {arguments.threads} threads")
-    print(f"written: {stem.relative_to(ROOT)}.json and .png")
+    stem = f"{name}-{arguments.answer_length}"
+    (BUILD / f"{stem}.json").write_text(json.dumps({"machine": said, "rows": rows}, indent=1))
+    plot(rows, BUILD / f"{stem}.png", f"{name}, A = {arguments.answer_length}, {arguments.threads} threads")
+    print(f"written: {BUILD.relative_to(ROOT)}/{stem}.json and .png")
 
 
 if __name__ == "__main__":

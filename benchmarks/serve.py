@@ -5,7 +5,7 @@ cores. Questions are about pictures of the bundled model's kind, JPEGs of 640 x 
 Hugging Face's own. Where pictures are "different", nothing is kept of those that were seen.
 
 ``--parts`` chooses what is measured; `PARTS` below says what each is. Results of parts that were measured before stay
-in build/serve.json.
+in build/benchmark/serve.json.
 """
 
 import argparse
@@ -51,7 +51,7 @@ from models.scenes import examples
 from service.answerer import Answerer
 from service.answering import Answering
 from service.app import VqaArguments
-from service.artifacts import SHAPES, Known, known_answer
+from service.artifacts import SHAPES, Known, Serving, known_answer
 from service.ingress import Ingress
 
 HERE = Path(__file__).parent
@@ -84,7 +84,7 @@ def several(content, questions, right):
 
 
 def hostile(content):
-    """A request of each of 21 kinds that should be refused with a sentence."""
+    """A request of each of 23 kinds that should be refused with a sentence."""
     picture = base64.b64encode(content).decode()
     good = {"inputs": picture, "question": "how many shapes?", "parameters": {}}
     bodies = [
@@ -133,10 +133,7 @@ class Bodies:
         self.about_one = [(self.contents[0], question, right) for question, right in zip(some, of_one, strict=True)]
         ways = {
             "different": [single(content, question, [right]) for content, question, right in self.asked],
-            "same": [
-                single(self.contents[0], q, [right])
-                for q, right in zip(some, answers(some, self.contents[0]), strict=True)
-            ],
+            "same": [single(self.contents[0], q, [right]) for q, right in zip(some, of_one, strict=True)],
             "hostile": hostile(self.contents[0]),
             "several": [several(content, some, answers(some, content)) for content in self.contents[:60]],
         }
@@ -176,7 +173,9 @@ def load(port, bodies, seconds, clients=None, rate=None, retries=0):
             "ERROR",
         ]
         command += ["--each-second"] if rate else []
-        subprocess.run([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+        if not rows.is_file():
+            raise RuntimeError(f"Locust measured nothing: {done.stderr.strip()[-500:]}")
         return json.loads(rows.read_text())
 
 
@@ -312,7 +311,9 @@ def sweep(given):
         for share in (0.25, 0.5, 0.625, 0.75, 0.875, 1.0, 1.25):
             rate = round(share * most)
             said["rates"].append({"rate": rate, **summary(load(port, path, given.seconds, rate=rate))})
-        good = [row for row in said["rates"] if row["answered"] >= 0.99 * sum(row.get(k, 0) for k in BECAME)]
+        good = [row for row in said["rates"] if row.get("answered", 0) >= 0.99 * sum(row.get(k, 0) for k in BECAME)]
+        if not good:
+            return said
         knee = max(good, key=lambda row: row["rate"])
         before = memory(port)
         twice = summary(load(port, path, given.minute, rate=2 * knee["rate"]))
@@ -337,6 +338,8 @@ def kills(given):
                 when = time.time()
                 victim.send_signal(signal.SIGKILL)
                 while len(found := replicas()) < REPLICAS or victim in found:
+                    if time.time() - when > 120:
+                        raise RuntimeError("no other process holds the core after 120 s")
                     time.sleep(0.1)
                 killed.append((when, time.time() - when))
                 time.sleep(max(0, 10 - (time.time() - when)))
@@ -461,8 +464,8 @@ def simulation(given):
 
         port = free_port()
         with cluster(REPLICAS, 1, "127.0.0.1", port):
-            known = Known("", "", "")
-            run(Ingress.bind(Simulated.bind("/nowhere", processor, known, FEW), processor, 64, FEW))
+            serving = Serving("/nowhere/serving.json", "/nowhere", Known("", "", "", ""))
+            run(Ingress.bind(Simulated.bind(serving, processor, FEW), processor, 64, FEW))
             load(port, bodies, 4, clients=4)
             before = cpu_seconds()
             rows = load(port, bodies, given.seconds, clients=16)
@@ -529,7 +532,7 @@ def main():
     with tempfile.TemporaryDirectory() as directory:
         given.bodies = Bodies(directory)
         for name in given.parts.split(","):
-            given.knee = results["sweep"]["said"]["knee"]["rate"] if "sweep" in results else 40
+            given.knee = results.get("sweep", {}).get("said", {}).get("knee", {}).get("rate", 40)
             print(f"{name}: {PARTS[name].__doc__}", flush=True)
             results[name] = {"date": time.strftime("%Y-%m-%d"), "machine": about(), "said": PARTS[name](given)}
             if name in AT_HALF_THE_KNEE:
@@ -548,4 +551,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted: what was measured before is in build/serve.json")
+        sys.exit("\ninterrupted: what was measured before is in build/benchmark/serve.json")

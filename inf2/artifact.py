@@ -131,16 +131,7 @@ def load_parts(directory, *, core=None):
         If the artifact is incomplete, was changed, or was made by other versions or for another backend.
     """
     directory = Path(directory)
-    manifest = read_manifest(directory)
-    versions = _versions(known_backend(manifest["backend"]))
-    parts = {name: part for name, part in manifest["parts"].items() if part is not None}
-    for name, part in parts.items():
-        problem = difference_between(part, {**part, "versions": versions}) or _damage(directory, name, part)
-        if problem:
-            raise ValueError(f"{name}: {problem}; trace the model again, what is still valid will be kept")
-    missing = [name for name in manifest["parts"] if name not in parts]
-    if missing:
-        raise ValueError(f"{', '.join(missing)} not traced yet; call trace() again, it goes on where it stopped")
+    manifest = check_parts(directory)
     return {
         name: StaticGraph(
             load_traced(
@@ -149,8 +140,25 @@ def load_parts(directory, *, core=None):
             part["inputs"],
             keeps_state=bool(part["state"]),
         )
-        for name, part in parts.items()
+        for name, part in manifest["parts"].items()
     }
+
+
+def check_parts(directory):
+    """The manifest of an artifact that can be loaded here; a `ValueError` as of `load_parts` if it cannot."""
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    versions = _versions(known_backend(manifest["backend"]))
+    missing = [name for name, part in manifest["parts"].items() if part is None]
+    for name, part in manifest["parts"].items():
+        if name in missing:
+            continue
+        problem = difference_between(part, {**part, "versions": versions}) or _damage(directory, name, part)
+        if problem:
+            raise ValueError(f"{name}: {problem}; trace the model again, what is still valid will be kept")
+    if missing:
+        raise ValueError(f"{', '.join(missing)} not traced yet; call trace() again, it goes on where it stopped")
+    return manifest
 
 
 def read_manifest(directory):

@@ -8,6 +8,7 @@ from inf2.rules import (
     HOST_ON_WEIGHT,
     HOST_TENSORS,
     INT32,
+    LISTS,
     MASKED_SLICE,
     REFUSED_OPERATORS,
     REFUSED_TYPES,
@@ -28,7 +29,9 @@ def graph_findings(lowered):
             yield f"{name} runs on the host{place_in_python(place)}{_about_host(name, place)}"
     for operator in lowered.operators:
         if operator in REFUSED_OPERATORS:
-            yield _refused(operator, "is refused by neuronx-cc", lowered, REFUSED_OPERATORS)
+            listed = REFUSED_OPERATORS[operator] in LISTS
+            said = "is listed as unsupported" if listed else "is refused by neuronx-cc"
+            yield _refused(operator, said, lowered, REFUSED_OPERATORS)
     for operator in lowered.dynamic:
         where = place_in_python(lowered.where.get(operator))
         yield f"{operator} has a dynamic shape{where}: use fixed sizes, with torch.where or padding ({DYNAMIC_SHAPES})"

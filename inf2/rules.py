@@ -6,6 +6,7 @@ beside it. Read in 2026-11, up to SDK 2.33. No page names Inf2's compiler apart,
 
 _DOCS = "https://awsdocs-neuron.readthedocs-hosted.com/en/latest"
 _TRACE_PAGE = f"{_DOCS}/frameworks/torch/torch-neuronx/api-reference-guide/inference/api-torch-neuronx-trace.html"
+_ANALYZE_PAGE = _TRACE_PAGE.replace("-trace.html", "-analyze.html")
 _JAX_PAGE = f"{_DOCS}/frameworks/jax/setup/jax-neuronx-known-issues.html"
 _TYPES_PAGE = f"{_DOCS}/about-neuron/arch/neuron-features/data-types.html"
 _ERRORS = f"{_DOCS}/compiler/error-codes"
@@ -21,7 +22,7 @@ REFUSED_OPERATORS = {
     "custom-call": f"{_ERRORS}/EHCA005.html",  # 2025-12-02; it takes targets of its own, which are not there on a CPU
     "doubly dilated convolution": f"{_ERRORS}/EVRF010.html",  # 2025-12-02
     "dilated reduce-window": f"{_ERRORS}/EVRF018.html",  # 2025-12-02
-    "fft": f"{_TRACE_PAGE.replace('-trace.html', '-analyze.html')}",  # 2026-03-13
+    "fft": _ANALYZE_PAGE,  # 2026-03-13
     "int64 dot": f"{_ERRORS}/EVRF035.html",  # 2026-08-17, int64 on all targets; int32 is computed in float32 on Inf2
     **{f"integer scatter with {computes}": f"{_ERRORS}/EVRF060.html" for computes in ("add", "multiply")},  # 2026-08-17
     **{f"integer scatter with {computes}": f"{_ERRORS}/EVRF016.html" for computes in ("minimum", "maximum")},
@@ -37,6 +38,8 @@ REFUSED_OPERATORS = {
     "triangular-solve": f"{_ERRORS}/EVRF001.html",  # 2025-12-02
     "variadic reduce-window": f"{_ERRORS}/EVRF019.html",  # 2025-12-02; cummax and cummin make it
 }
+# Pages that list an operator as unsupported; the others are of an error that the compiler gave.
+LISTS = (_TRACE_PAGE, _ANALYZE_PAGE, _JAX_PAGE)
 REFUSED_TYPES = {
     "float64": _TYPES_PAGE,
     "complex64": f"{_ERRORS}/EVRF004.html",  # 2025-12-02

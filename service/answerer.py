@@ -1,6 +1,7 @@
 """A replica: the whole model on one NeuronCore, asked in batches."""
 
 import asyncio
+import contextlib
 import functools
 import logging
 import os
@@ -10,13 +11,29 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from ray import serve
 
-from service.artifacts import check_known, get_serving, load_known
+from service.artifacts import check_known, load_known
 from service.batching import Batcher
 from service.faults import CoreLost
 from service.metrics import AnswererMetrics
 
 logger = logging.getLogger("ray.serve")
-BATCH = 8  # requests that are taken together; the model may take them in several calls
+BATCH, ANSWERS = 8, 64  # requests that are taken together, and their answers; the model may take several calls
+
+
+def answers_of(ask):
+    """How many answers a `service.answering.Ask` wants."""
+    return len(ask.questions) * ask.settings.top_k
+
+
+@contextlib.contextmanager
+def ending_with_the_core():
+    """Only the end of the process frees a core that was lost; Serve notices it at once and starts another replica."""
+    try:
+        yield
+    except CoreLost as error:
+        logger.error("this replica ends: %s", error)
+        logging.shutdown()
+        os._exit(1)
 
 
 @serve.deployment(
@@ -31,25 +48,24 @@ class Answerer:
 
     Parameters
     ----------
-    directory : str
-        What `trace` left. Where `reload` named another one since, that one is loaded.
+    serving : service.artifacts.Serving
+        What to load.
     processor : BlipProcessor
-    known : service.artifacts.Known
     seen_bytes : int
         What the features of pictures that were seen before may take.
     """
 
-    def __init__(self, directory, processor, known, seen_bytes):
+    def __init__(self, serving, processor, seen_bytes):
         # The host's part of a replica is one thread's work; a second thread would take a core from another replica.
         torch.set_num_threads(1)
         torch.set_grad_enabled(False)
-        # Whatever touches the core runs here, so that the event loop, and health checks with it, go on.
+        # Batches and health checks run here, one after another, and the event loop goes on.
         self._core = ThreadPoolExecutor(1, thread_name_prefix="core")
-        self._batches = Batcher(functools.partial(self._on_the_core, self._answer), BATCH)
+        self._batches = Batcher(functools.partial(self._on_the_core, self._answer), BATCH, ANSWERS, answers_of)
         self._metrics = AnswererMetrics()
         self._processor, self._next = processor, None
-        self._started_with, self._seen_bytes = directory, seen_bytes
-        directory, known = get_serving(directory, known)
+        self._serving, self._seen_bytes = serving, seen_bytes
+        directory, known = serving.named()
         self._answering, self._known = self._load(directory, known), known
 
     def _load(self, directory, known):
@@ -78,26 +94,21 @@ class Answerer:
         return [(result, self._known.artifact, started, batch.device, batch.decoding) for result in results]
 
     async def _on_the_core(self, call, *arguments):
-        try:
+        with ending_with_the_core():
             return await asyncio.get_running_loop().run_in_executor(self._core, call, *arguments)
-        except CoreLost as error:
-            # Only the end of the process frees the core; Serve notices it at once and starts another replica.
-            logger.error("this replica ends: %s", error)
-            logging.shutdown()
-            os._exit(1)
 
     async def check_health(self):
         """Ask the known question through the device; Serve calls this every few seconds."""
         await self._on_the_core(lambda: check_known(self._answering, self._known))
+        self._serving.check(self._known)  # it may have been starting while the others changed over
 
     # A new artifact: each replica loads it beside the old one, and only when all have does any of them change over.
 
     async def load_next(self, directory, known):
         """Load another artifact beside the one that answers: None, or in a sentence why not."""
         try:
-            self._next = await asyncio.to_thread(self._load, directory, known), known
-        except CoreLost:
-            raise
+            with ending_with_the_core():
+                self._next = await asyncio.to_thread(self._load, directory, known), known
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         return None
@@ -113,6 +124,5 @@ class Answerer:
     def _change_over(self):
         (self._answering, self._known), self._next = self._next, None
 
-    def started_with(self):
-        """The directory that the service was started with."""
-        return self._started_with
+    def serving(self):
+        return self._serving

@@ -249,9 +249,9 @@ def checked(answers):
 
 def failure_of(error):
     """What to tell the one whose question failed alone."""
-    status = status_of(error)
+    status, said = status_of(error), next(iter(str(error).splitlines()), "")
     if status in NOT_A_NUMBER:
         return Failure(500, "the NeuronCore computed NaN for this question and picture (status 1003)")
     if isinstance(error, ValueError) or status in BAD_INPUT:
-        return Failure(422, str(error).splitlines()[0])
-    return Failure(500, f"the model failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        return Failure(422, said or type(error).__name__)
+    return Failure(500, f"the model failed: {type(error).__name__}: {said}")

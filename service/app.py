@@ -5,7 +5,7 @@ import os
 from pydantic import BaseModel, PositiveInt
 
 from service.answerer import Answerer
-from service.artifacts import prepare, set_serving
+from service.artifacts import Serving, prepare
 from service.ingress import Ingress
 
 # Requests under way for each core: a batch that is computed, one that forms, and what HTTP holds meanwhile.
@@ -25,6 +25,9 @@ class VqaArguments(BaseModel):
         Cores to use, one each.
     ingresses
         Processes that decode pictures; by default as many as the machine has CPUs to spare, at least one.
+    serving
+        A file that says which artifact is served once `reload` named another, for replicas that start anew; by
+        default beside the directory.
     seen_bytes
         What a process keeps of pictures that it saw: features on a core, resized pixels where they are decoded.
     """
@@ -34,6 +37,7 @@ class VqaArguments(BaseModel):
     processor: str | None = None
     replicas: PositiveInt = 1
     ingresses: PositiveInt | None = None
+    serving: str | None = None
     seen_bytes: PositiveInt = 2**28
 
 
@@ -41,8 +45,10 @@ def vqa(arguments: VqaArguments):
     """The application that answers."""
     directory = os.path.abspath(arguments.directory)
     processor, known = prepare(directory, arguments.model, arguments.processor)
-    set_serving(directory, directory, known)
+    head, name = os.path.split(directory)
+    serving = Serving(arguments.serving or os.path.join(head, f".{name}.serving.json"), directory, known)
+    serving.forget()
     ingresses = arguments.ingresses or max(1, (os.cpu_count() or 1) - arguments.replicas)
-    answerer = Answerer.options(num_replicas=arguments.replicas).bind(directory, processor, known, arguments.seen_bytes)
+    answerer = Answerer.options(num_replicas=arguments.replicas).bind(serving, processor, arguments.seen_bytes)
     most = max(1, WAITING_PER_CORE * arguments.replicas // ingresses)
     return Ingress.options(num_replicas=ingresses).bind(answerer, processor, most, arguments.seen_bytes)

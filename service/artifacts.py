@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from inf2.artifact import check_parts
 from inf2.files import sha256, whole_file
 
 from blip_checkpoints import check_traced_from
@@ -15,7 +16,6 @@ from blip_helpers import (
     infer,
     load_blip,
     parts_to_trace,
-    read_manifest,
     resize_image,
     trace,
 )
@@ -29,11 +29,13 @@ SHAPES = BlipShapes(batch_size=4, num_beams=2, question_length=16, answer_length
 
 @dataclass(frozen=True)
 class Known:
-    """What the original answers to the first of the held-out examples, with the artifact's hash that it is for."""
+    """What the original answers to the first of the held-out examples, with the artifact's hash that it is for, and a
+    hash of what makes pixels and tokens."""
 
     question: str
     answer: str
     artifact: str
+    processor: str
 
     @property
     def picture(self):
@@ -62,23 +64,35 @@ def prepare(directory, source=None, processor=None):
 
 
 def known_answer(directory, model, processor):
-    """The processor for an artifact of `model`, and a `Known`; a `ValueError` if it is of another model."""
-    manifest = read_manifest(directory)
+    """The processor for an artifact of `model`, and a `Known`; a `ValueError` if it is damaged or of another model."""
+    manifest = check_parts(directory)
     size = manifest["config"]["vision_config"]["image_size"]
     if size != model.config.vision_config.image_size:
         model, processor = resize_image(model, processor, size)
     pixels = Pixels(**manifest["pixels"]) if "pixels" in manifest else None
-    parts = parts_to_trace(model, BlipShapes(**manifest["shapes"]), manifest["decoder"], pixels)
-    check_traced_from(directory, manifest, parts, model.name_or_path)
+    shapes = BlipShapes(**manifest["shapes"])
+    check_traced_from(
+        directory, manifest, parts_to_trace(model, shapes, manifest["decoder"], pixels), model.name_or_path
+    )
     example = next(examples("held-out", 1))
-    limit = BlipShapes(**manifest["shapes"]).answer_length - 1
-    answer = infer(model, processor, example.question, example.image, max_new_tokens=limit)
-    return processor, Known(example.question, answer, artifact_hash(directory))
+    tokens = len(question_tokens(processor, example.question))
+    if tokens > shapes.longest_question:
+        raise ValueError(
+            f"the question that tells whether a core is well, {example.question!r}, has {tokens} tokens; {directory} "
+            f"was traced for {shapes.longest_question}: trace it for as many"
+        )
+    answer = infer(model, processor, example.question, example.image, max_new_tokens=shapes.answer_length - 1)
+    return processor, Known(example.question, answer, artifact_hash(directory), processor_hash(processor))
 
 
 def artifact_hash(directory):
     """12 hexadecimal digits that say which artifact an answer is from: the beginning of its manifest's SHA-256."""
     return sha256(Path(directory) / "manifest.json")[:12]
+
+
+def processor_hash(processor):
+    """A hash of what a processor makes of pictures and questions."""
+    return sha256([processor.image_processor.to_json_string(), processor.tokenizer.backend_tokenizer.to_str()])[:12]
 
 
 def load_known(directory, processor, seen_bytes, known):
@@ -87,13 +101,17 @@ def load_known(directory, processor, seen_bytes, known):
     Raises
     ------
     ValueError
-        If the artifact is damaged, or another one than `known` is for.
+        If the artifact is damaged, another one than `known` is for, or of a model with another processor.
     RuntimeError
         If it answers the known question otherwise.
     """
     found = artifact_hash(directory)
     if found != known.artifact:
         raise ValueError(f"{directory} is artifact {found}, not {known.artifact}: it was changed meanwhile")
+    if processor_hash(processor) != known.processor:
+        raise ValueError(
+            f"the processor of {directory}'s model makes other pixels or tokens than this service's: start it anew"
+        )
     answering = Answering.load(directory, processor, seen_bytes)
     check_known(answering, known)
     return answering
@@ -110,24 +128,30 @@ def check_known(answering, known):
         raise RuntimeError(f"the known question {known.question!r} is answered {text!r}, not {known.answer!r}")
 
 
-# Which artifact a replica that starts now has to load: the one that `reload` named last.
+class Serving:
+    """Which artifact a replica that starts now has to load: the one that `reload` named last, in a file; until then
+    the one that the service was started with."""
 
+    def __init__(self, path, directory, known):
+        self.path, self.first = Path(path), (str(directory), known)
 
-def serving_file(directory):
-    """Where it is written down, beside the directory that the service was started with."""
-    directory = Path(directory).resolve()
-    return directory.with_name(f".{directory.name}.serving.json")
+    def name(self, directory, known):
+        with whole_file(self.path) as file:
+            file.write(json.dumps({"directory": str(Path(directory).resolve()), "known": asdict(known)}).encode())
 
+    def named(self):
+        """The directory and the `Known`."""
+        if not self.path.is_file():
+            return self.first
+        serving = json.loads(self.path.read_bytes())
+        return serving["directory"], Known(**serving["known"])
 
-def set_serving(started_with, directory, known):
-    with whole_file(serving_file(started_with)) as file:
-        file.write(json.dumps({"directory": str(Path(directory).resolve()), "known": asdict(known)}).encode())
+    def forget(self):
+        """Begin with the first one again, where a former service left another."""
+        if self.path.is_file():  # without asking, a file system that is only read would be an error
+            self.path.unlink()
 
-
-def get_serving(started_with, known):
-    """The directory and the `Known` of the artifact that is served."""
-    path = serving_file(started_with)
-    if not path.is_file():
-        return str(started_with), known
-    serving = json.loads(path.read_bytes())
-    return serving["directory"], Known(**serving["known"])
+    def check(self, known):
+        """A `RuntimeError` if a replica that has the artifact of `known` has missed that another one was named."""
+        if (named := self.named()[1].artifact) != known.artifact:
+            raise RuntimeError(f"this replica has artifact {known.artifact}, and {named} is served")

@@ -17,10 +17,13 @@ class Batcher:
         Takes a list of items and returns a list with a result each. Called again only when it has returned.
     most : int
         How many items it takes at once.
+    heaviest, weight_of : int and function, optional
+        What the items of a batch may weigh in all, and what one does; one that weighs more is a batch of its own.
     """
 
-    def __init__(self, call, most):
+    def __init__(self, call, most, heaviest=None, weight_of=lambda item: 0):
         self.call, self.most = call, most
+        self.heaviest, self.weight_of = heaviest or 0, weight_of
         self._waiting, self._running = deque(), None
 
     async def __call__(self, item):
@@ -50,9 +53,13 @@ class Batcher:
 
     def _next(self):
         """The items of the next batch, without those that nobody waits for any more."""
-        batch = []
+        batch, weight = [], 0
         while self._waiting and len(batch) < self.most:
-            item, future = self._waiting.popleft()
+            item, future = self._waiting[0]
             if not future.done():
+                weight += self.weight_of(item)
+                if batch and weight > self.heaviest:
+                    break
                 batch.append((item, future))
+            self._waiting.popleft()
         return batch

@@ -5,6 +5,7 @@ The body is that of Hugging Face's visual-question-answering task, in both forms
 and as the task's page has it, ``{"inputs": {"image": ..., "question": ...}, "parameters": {}}``.
 """
 
+import asyncio
 import base64
 import binascii
 import io
@@ -16,6 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 MAX_BODY = 32 * 2**20  # bytes; the client sends a picture twice, each a third larger than its file
 MAX_PIXELS = 50_000_000  # of a picture, decoded: 150 MB in RGB
 MAX_QUESTIONS = 64  # of one request
+MAX_ANSWERS = 64  # of one request, which has so many for each question as it asks for
+MAX_QUESTION = 2_000  # characters; of more than that no model's tokens are enough, and counting them takes long
+SECONDS_TO_ARRIVE = 10  # of a body
 # Those that browsers and cameras make. Pillow reads more, some of them by starting another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
@@ -99,14 +103,27 @@ def too_large(size):
 
 
 async def whole_body(stream):
-    """The bytes of a body that arrives in parts, an async iterator; refused as soon as there are too many."""
+    """The bytes of a body that arrives in parts, an async iterator; refused as soon as there are too many, or when they
+    take too long, since the request has a place meanwhile."""
     parts, size = [], 0
-    async for part in stream:
-        size += len(part)
-        if size > MAX_BODY:
-            raise too_large(size)
-        parts.append(part)
+    try:
+        async with asyncio.timeout(SECONDS_TO_ARRIVE):
+            async for part in stream:
+                size += len(part)
+                if size > MAX_BODY:
+                    raise too_large(size)
+                parts.append(part)
+    except TimeoutError:
+        raise Refusal(
+            408, f"after {SECONDS_TO_ARRIVE} s there were {size} bytes of the body: send it at once"
+        ) from None
     return b"".join(parts)
+
+
+def check_amount(questions, top_k):
+    """Refuse a request for more answers than one may have."""
+    if (wanted := len(questions) * top_k) > MAX_ANSWERS:
+        raise Refusal(422, f"{len(questions)} questions and top_k {top_k} are {wanted} answers: ask for {MAX_ANSWERS}")
 
 
 def read_body(body, kind):
@@ -127,7 +144,10 @@ def read_body(body, kind):
 
 def sentence_of(error, kind):
     """The first thing that pydantic has to say, with its place and, where it is short, its value."""
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    # `inputs` is of two kinds, and there are errors of both: an object was meant as one.
+    of_an_object = (each for each in errors if "Inputs" in each["loc"] and each["type"] != "model_type")
+    first = next(of_an_object, errors[0])
     place = ".".join(str(part) for part in first["loc"] if part not in ("str", "Inputs")) or "a name in the body"
     if first["type"] == "extra_forbidden":
         known = Parameters if place.startswith("parameters.") else Inputs if place.startswith("inputs.") else kind

@@ -9,17 +9,21 @@ import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import BackPressureError
+from ray.exceptions import RayActorError, RayError
+from ray.serve.exceptions import RayServeException
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from blip_inputs import question_tokens
 from blip_seen import SeenPictures
 from service.admission import Admission, Overloaded
 from service.answering import Ask, Failure, Settings, pixels_of
 from service.bodies import (
+    MAX_QUESTION,
     Questions,
     Refusal,
     VisualQuestionAnswering,
+    check_amount,
     check_headers,
     check_picture,
     picture_bytes,
@@ -73,8 +77,28 @@ def openapi(original=api.openapi):
     return schema
 
 
+@api.exception_handler(HTTPException)
+def no_such_address(request, error):
+    """404 and 405, as a sentence like the others."""
+    sentence = f"{request.method} {request.url.path} is {error.detail.lower()}: GET /docs says what there is"
+    return refused(Refusal(error.status_code, sentence))
+
+
 api.add_middleware(WithoutRedirect)
 api.openapi = openapi
+
+
+def too_long(question):
+    return Failure(422, f"question has {len(question)} characters; {MAX_QUESTION} are read: ask something shorter")
+
+
+def sentence_of(error):
+    """What to tell a client of an exception of Ray's."""
+    if isinstance(error, RayActorError):
+        return f"the replica that had this request ended ({type(error).__name__}): ask again"
+    cause = getattr(error, "cause", None) or error
+    said = (str(cause).strip().splitlines() or [""])[-1]
+    return f"the service failed ({type(cause).__name__}: {said}): ask again"
 
 
 def described(answer, artifact):
@@ -138,8 +162,11 @@ class Ingress:
 
     @api.get("/health", summary="Whether a core answers")
     async def health(self):
-        """Asks the known question of one replica."""
-        await self._answerer.check_health.remote()
+        """Asks the known question of one replica; 503 if it answers otherwise."""
+        try:
+            await self._answerer.check_health.remote()
+        except (RayError, RayServeException) as error:
+            return refused(Refusal(503, sentence_of(error)))
         return {"status": "ok"}
 
     async def _respond(self, request, kind, response_of):
@@ -162,11 +189,11 @@ class Ingress:
         except Refusal as error:
             outcome = "refused" if error.status < 500 else "failed"
             return refused(error)
-        except BackPressureError:
-            outcome = "overloaded"
-            return refused(Overloaded(self._admission.most))
-        except RayError as error:
-            return refused(Refusal(500, f"the replica that had this request ended ({type(error).__name__}): ask again"))
+        except (RayError, RayServeException) as error:
+            return refused(Refusal(503 if isinstance(error, RayServeException) else 500, sentence_of(error)))
+        except (ClientDisconnect, asyncio.CancelledError):
+            outcome = "left"  # or took longer than Serve allows
+            raise
         finally:
             self._metrics.request(outcome)
 
@@ -185,7 +212,10 @@ class Ingress:
         Refusal
         """
         settings = Settings(parameters.top_k or 1, parameters.max_new_tokens)
-        tokens = [self._tokens(question) for question in questions]
+        check_amount(questions, settings.top_k)
+        tokens = [
+            self._tokens(question) if len(question) <= MAX_QUESTION else too_long(question) for question in questions
+        ]
         good = tuple(each for each in tokens if not isinstance(each, Failure))
         if not good:
             return tokens, "", {}

@@ -7,7 +7,7 @@ PARTS = ("queue", "batch", "picture", "device", "decoding")
 
 
 class IngressMetrics:
-    """Counted where requests come in. Outcomes are answered, refused, overloaded and failed."""
+    """Counted where requests come in. Outcomes are answered, refused, overloaded, left and failed."""
 
     def __init__(self):
         self.requests = Counter("blip_requests", "Requests by their outcome", ("outcome",))

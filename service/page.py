@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.exceptions import RayServeException
 
 from models.scenes import examples
 from service.answering import Failure
@@ -60,6 +60,17 @@ STYLE = """
 def file_of(payload):
     """The file as it was uploaded: to decode it, and to refuse it with a sentence, is the service's work."""
     return None if payload is None else payload.path
+
+
+def uploaded_only(keep):
+    """Gradio's way to keep a file, but for addresses, which it would fetch: the page sends none."""
+
+    async def keep_file(path):
+        if path is not None and not os.path.isabs(path):
+            raise gradio.Error("This service fetches nothing: upload the picture.")
+        return await keep(path)
+
+    return keep_file
 
 
 def questions_of(text):
@@ -127,8 +138,6 @@ async def ask(path, text, top_k):
         return shown(error(str(cause)))
     except Refusal as refusal:
         return shown(error(str(refusal)))
-    except BackPressureError:
-        return shown(error("The service is busy: ask again in a second."))
     except TimeoutError:
         return shown(error(f"The service took longer than {TIMEOUT} s: ask again."))
     except (RayServeException, OSError) as failure:
@@ -173,6 +182,7 @@ def blocks():
                     format="png",
                 )
                 picture.preprocess = file_of
+                picture.async_move_resource_to_block_cache = uploaded_only(picture.async_move_resource_to_block_cache)
             with gradio.Column():
                 text = gradio.Textbox(
                     scenes[0].question, lines=4, max_lines=8, label="Questions, a line each", elem_id="questions"

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from blip_helpers import default_backend, load_blip
 from service.app import VqaArguments, vqa
-from service.artifacts import known_answer, set_serving
+from service.artifacts import known_answer
 
 TIMEOUT = 30  # seconds that a request may take before it is answered with 408
 
@@ -32,8 +34,9 @@ def started(arguments, *, host="127.0.0.1", port=8000, metrics_port=None, page=F
     check_port(host, port, "--port")
     if metrics_port is not None:
         check_port("0.0.0.0", metrics_port, "--metrics-port")
-    application = vqa(arguments)
-    with cluster(arguments.replicas, arguments.ingresses or 1, host, port, metrics_port):
+    with tempfile.TemporaryDirectory(prefix="blip-") as directory, contextlib.ExitStack() as until_the_end:
+        application = vqa(arguments.model_copy(update={"serving": arguments.serving or f"{directory}/serving.json"}))
+        until_the_end.enter_context(cluster(arguments.replicas, arguments.ingresses or 1, host, port, metrics_port))
         run(application)
         if page:
             from service.page import page as page_of  # Gradio takes seconds to import
@@ -96,7 +99,10 @@ def wait_until_answered(url, seconds=120):
 
 def run(application, name="vqa", route_prefix="/vqa"):
     quiet = {"log_level": "WARNING", "enable_access_log": False}
-    serve.run(application, name=name, route_prefix=route_prefix, logging_config=quiet)
+    try:
+        serve.run(application, name=name, route_prefix=route_prefix, logging_config=quiet)
+    except RuntimeError as error:  # a traceback of another process, whose last line says what is wrong
+        raise RuntimeError(f"{name} did not start: {str(error).strip().splitlines()[-1]}") from error
 
 
 @contextlib.contextmanager
@@ -145,7 +151,9 @@ def serve_until_interrupted(arguments):
     """``python blip.py serve``: start, say where to look and what to type, wait for Ctrl-C."""
     stop = threading.Event()
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # until all is there both end it at once
-    of_vqa = VqaArguments(**{name: getattr(arguments, name) for name in VqaArguments.model_fields})
+    of_vqa = VqaArguments(
+        **{name: value for name, value in vars(arguments).items() if name in VqaArguments.model_fields}
+    )
     print(f"starting {arguments.replicas} replicas of {arguments.directory} ...", flush=True)
     metrics_port = arguments.metrics_port or free_port()
     where = {"host": arguments.host, "port": arguments.port, "metrics_port": metrics_port}
@@ -193,14 +201,51 @@ def reload_artifact(arguments):
 
 
 def change_over(directory, known):
-    """Have all replicas of the running service answer from `directory`; what was done, in a sentence."""
-    answerer = serve.get_deployment_handle("Answerer", "vqa")
-    started_with = answerer.started_with.remote().result()
-    reasons = answerer.broadcast("load_next", str(Path(directory).resolve()), known).results()
-    refused = [reason for reason in reasons if reason is not None]
-    if refused:
-        answerer.broadcast("drop_next").results()
-        raise ValueError(f"{directory} is not taken, the service goes on as it was: {refused[0]}")
-    set_serving(started_with, directory, known)
-    answerer.broadcast("take_next").results()
+    """Have all replicas of the running service answer from `directory`; what was done, in a sentence.
+
+    Raises
+    ------
+    ValueError
+        If a replica refuses it: none changes over.
+    RuntimeError
+        If a replica ends meanwhile, or there is no service: none changes over.
+    """
+    try:
+        answerer = serve.get_deployment_handle("Answerer", "vqa")
+        serving = answerer.serving.remote().result()
+        reasons = load_next(answerer, directory, known)
+    except (RayError, RayServeException) as error:
+        raise RuntimeError(
+            f"{directory} is not taken, the service could not be asked: {type(error).__name__}"
+        ) from error
+    with uninterrupted():
+        serving.name(directory, known)
+        # One that ends now, or is only starting, loads what was named; its health check sees to it.
+        with contextlib.suppress(RayError, RayServeException):
+            answerer.broadcast("take_next").results()
     return f"{len(reasons)} replicas answer from {directory} now (artifact {known.artifact})"
+
+
+def load_next(answerer, directory, known):
+    """Have each replica load it beside what answers, and forget it where one of them does not."""
+    loaded = False
+    try:
+        reasons = answerer.broadcast("load_next", str(Path(directory).resolve()), known).results()
+        if refused := [reason for reason in reasons if reason is not None]:
+            raise ValueError(f"{directory} is not taken, the service goes on as it was: {refused[0]}")
+        loaded = True
+        return reasons
+    finally:
+        if not loaded:
+            with contextlib.suppress(RayError, RayServeException):
+                answerer.broadcast("drop_next").results()
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Ctrl-C has to wait: half of the replicas would answer from another artifact."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,5 +1,6 @@
 """A batch on a core: grouped by picture and settings, equal to eager, and every error a value of its own row."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -10,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from blip_helpers import SeenPictures, infer
+from blip_helpers import BlipShapes, SeenPictures, infer, trace
 from blip_inputs import question_tokens
 from blip_one_call import Pixels
 from service import faults
-from service.answering import Answering, Ask, Failure, Settings, pixels_of
-from service.artifacts import known_answer, load_known
+from service.answering import Answering, Ask, Failure, Settings, failure_of, pixels_of
+from service.artifacts import Serving, known_answer, load_known
 from service.faults import CoreLost, on_the_core, status_of
 
 QUESTIONS = (
@@ -316,6 +317,45 @@ def test_an_artifact_that_was_changed_meanwhile_does_not_serve(artifact, process
         load_known(artifact, processor, 2**20, known)
 
 
+def test_an_artifact_for_another_processor_does_not_serve(artifact, processor, known):
+    processor = copy.deepcopy(processor)
+    processor.image_processor.image_mean = [0.5, 0.5, 0.5]
+    with pytest.raises(ValueError, match=r"makes other pixels or tokens than this service's: start it anew"):
+        load_known(artifact, processor, 2**20, known)
+
+
+def test_a_damaged_artifact_is_named_before_anything_starts(artifact, tiny, processor):
+    with open(artifact / "text_decoder.pt", "ab") as file:
+        file.write(b"damage")
+    with pytest.raises(ValueError, match=r"text_decoder.pt was changed after its trace"):
+        known_answer(artifact, tiny, processor)
+
+
+def test_an_artifact_too_short_for_the_known_question_is_named(tiny, processor, tmp_path):
+    trace(tiny, tmp_path / "short", BlipShapes(question_length=4, answer_length=8))
+    with pytest.raises(ValueError, match=r"has \d+ tokens; .* was traced for 4: trace it for as many"):
+        known_answer(tmp_path / "short", tiny, processor)
+
+
+def test_what_is_served_is_what_was_named_last(tmp_path, known):
+    serving, other = Serving(tmp_path / "serving.json", "first", known), dataclasses.replace(known, artifact="other")
+    serving.forget()
+    assert serving.named() == ("first", known)
+    serving.name(tmp_path / "second", other)
+    assert serving.named() == (str(tmp_path / "second"), other)
+    serving.check(other)
+    with pytest.raises(RuntimeError, match=f"this replica has artifact {known.artifact}, and other is served"):
+        serving.check(known)
+    serving.forget()
+    serving.check(known)
+
+
 def test_an_artifact_that_answers_otherwise_does_not_serve(artifact, processor, known):
     with pytest.raises(RuntimeError, match=r"the known question .* is answered .*, not 'another answer'"):
         load_known(artifact, processor, 2**20, dataclasses.replace(known, answer="another answer"))
+
+
+@pytest.mark.parametrize(("error", "status"), [(ValueError(), 422), (RuntimeError(), 500), (ValueError("\n"), 422)])
+def test_an_exception_without_a_word_is_a_failure_of_its_question_alone(error, status):
+    assert failure_of(error).status == status
+    assert failure_of(error).sentence

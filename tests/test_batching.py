@@ -84,6 +84,20 @@ def test_one_that_leaves_while_it_is_computed_harms_no_other():
     asyncio.run(scene())
 
 
+def test_a_batch_is_no_heavier_than_it_may_be_and_one_that_is_goes_alone():
+    async def scene():
+        core = Core()
+        batches = Batcher(core, MOST, heaviest=10, weight_of=len)
+        first = await started(batches, ["a"])
+        waiting = await started(batches, ["b" * 6, "c" * 4, "d" * 30, "e", "f" * 9, "g"])
+        waiting[1].cancel()
+        core.done.set()
+        await asyncio.gather(*first, *waiting, return_exceptions=True)
+        assert core.batches == [["a"], ["b" * 6], ["d" * 30], ["e", "f" * 9], ["g"]]
+
+    asyncio.run(scene())
+
+
 @pytest.mark.parametrize("failure", [RuntimeError("no"), "too few results"])
 def test_an_exception_goes_to_its_batch_and_the_next_batch_is_answered(failure):
     async def call(items):

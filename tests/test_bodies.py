@@ -19,6 +19,7 @@ from service.bodies import (
     Questions,
     Refusal,
     VisualQuestionAnswering,
+    check_amount,
     check_headers,
     check_picture,
     picture_bytes,
@@ -87,6 +88,13 @@ REFUSED = {
     ),
     "half a character as a name": (b'{"\\ud800": 1, "inputs": "a"}', 422, r"a name in the body is '\ud800'"),
     "a long name": ({"a" * 10_000: 1, "inputs": "a"}, 422, "a..."),
+    "an object without a question": ({"inputs": {"image": "a"}}, 422, "inputs.question is missing"),
+    "an object with more": (
+        {"inputs": {"image": "a", "question": "b", "text": "c"}},
+        422,
+        "inputs.text is unknown: there are image, question",
+    ),
+    "an object with a number": ({"inputs": {"image": "a", "question": 1}}, 422, "inputs.question is 1: input should"),
     "parameters a list": ({**AS_THE_CLIENT_SENDS_IT, "parameters": []}, 422, "parameters is []"),
 }
 
@@ -211,6 +219,27 @@ def test_a_body_without_a_length_is_refused_as_soon_as_it_is_too_large(monkeypat
     with pytest.raises(Refusal, match="11 bytes"):
         asyncio.run(whole_body(stream()))
     assert len(arrived) == 3
+
+
+def test_a_body_that_does_not_arrive_is_refused_and_gives_its_place_back(monkeypatch):
+    monkeypatch.setattr(bodies, "SECONDS_TO_ARRIVE", 0.01)
+
+    async def stream():
+        yield b"{"
+        await asyncio.sleep(60)
+
+    with pytest.raises(Refusal, match="there were 1 bytes of the body") as refused:
+        asyncio.run(whole_body(stream()))
+    assert refused.value.status == 408
+
+
+@pytest.mark.parametrize(("questions", "top_k", "taken"), [(64, 1, True), (8, 8, True), (13, 5, False), (64, 8, False)])
+def test_answers_of_one_request_are_bounded(questions, top_k, taken):
+    if taken:
+        check_amount(["what?"] * questions, top_k)
+    else:
+        with pytest.raises(Refusal, match=f"are {questions * top_k} answers: ask for 64"):
+            check_amount(["what?"] * questions, top_k)
 
 
 def test_places_are_given_back_however_a_request_ends():

@@ -83,7 +83,7 @@ def test_a_finding_is_exit_status_1_and_names_the_place(check):
     done = check("mine.py:sorts")
     assert done.returncode == 1, done.stdout + done.stderr
     at = next(number for number, line in enumerate(FILE.splitlines(), 1) if "x.sort()" in line)
-    assert f"FOUND best: sort is refused by neuronx-cc at mine.py:{at}, `return x.sort().values[-1]`" in done.stdout
+    assert f"FOUND best: sort is listed as unsupported at mine.py:{at}, `return x.sort().values[-1]`" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,10 @@ def test_a_node_has_the_cores_that_it_asks_for(ray_service, serve_config):
     scaling = next(each for each in serve_config.applications[0].deployments if each.name == Answerer.name)
     most = scaling.autoscaling_config["max_replicas"]
     assert most <= cores * workers["maxReplicas"]
+    limits = [each.autoscaling_config for each in serve_config.applications[0].deployments]
+    cpus = int(container["resources"]["limits"]["cpu"])
+    for limit, nodes in (("min_replicas", workers["minReplicas"]), ("max_replicas", workers["maxReplicas"])):
+        assert sum(each[limit] for each in limits) <= cpus * nodes  # each has a CPU
     assert {port["containerPort"] for port in container["ports"]} >= {serve_config.http_options.port}
 
 

@@ -1,5 +1,6 @@
 """The page of the service: what it says, and, where a Chromium is installed, what a person meets."""
 
+import asyncio
 import shutil
 import socket
 
@@ -10,7 +11,7 @@ from models.scenes import examples
 from service.answering import Answer, Failure
 from service.app import VqaArguments
 from service.bodies import Refusal
-from service.page import answers, questions_of, times
+from service.page import answers, questions_of, times, uploaded_only
 from service.running import started
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -25,6 +26,18 @@ def test_lines_become_questions():
 def test_no_question_and_too_many_are_refused_with_a_sentence(text, sentence):
     with pytest.raises(Refusal, match=sentence):
         questions_of(text)
+
+
+def test_the_page_fetches_nothing():
+    async def keep(path):
+        return path
+
+    keep_file = uploaded_only(keep)
+    assert asyncio.run(keep_file("/tmp/picture.png")) == "/tmp/picture.png"
+    assert asyncio.run(keep_file(None)) is None
+    for address in ("http://example.com/a.png", "https://example.com/a.png", "a.png"):
+        with pytest.raises(Exception, match="fetches nothing"):
+            asyncio.run(keep_file(address))
 
 
 def test_whatever_is_shown_is_text_and_no_markup():

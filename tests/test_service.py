@@ -1,6 +1,7 @@
 """The service as its clients meet it: on Ray Serve, with declared cores, and nothing left when it ends."""
 
 import base64
+import dataclasses
 import io
 import json
 import os
@@ -156,6 +157,8 @@ HOSTILE = {
     "half a character": ({"json": body(question="\ud83d")}, 422),
     "an unknown parameter": ({"json": body(parameters={"temperature": 1})}, 422),
     "too many beams": ({"json": body(parameters={"top_k": 9})}, 422),
+    "a question of a megabyte": ({"json": body(question="what " * 200_000)}, 422),
+    "no such address": ({"path": "/vqa/nothing", "json": {}}, 404),
     "too many tokens": ({"json": body(parameters={"max_new_tokens": 24})}, 422),
 }
 
@@ -221,8 +224,10 @@ def test_a_damaged_or_foreign_artifact_never_takes_the_place_of_a_working_one(ad
         file.write(b"damage")
     with pytest.raises(ValueError, match=r"is not taken, the service goes on as it was: .*text_decoder"):
         change_over(tmp_path / "damaged", known)
+    with pytest.raises(ValueError, match=r"makes other pixels or tokens"):
+        change_over(another, dataclasses.replace(known, processor="of another model"))
     with pytest.raises(ValueError, match=r"the known question .* is answered"):
-        change_over(another, type(known)(known.question, "another answer", known.artifact))
+        change_over(another, dataclasses.replace(known, answer="another answer"))
     assert post(address, json=body()).json()[0]["artifact"] != known.artifact
 
 
@@ -306,6 +311,18 @@ def test_the_command_ends_with_ctrl_c_and_leaves_no_process(directory, address):
     assert process.returncode == 0, said
     _, alive = psutil.wait_procs(family, timeout=10)
     assert alive == []
+
+
+def test_a_service_is_not_started_on_a_damaged_artifact_and_none_is_reloaded(another, tmp_path):
+    shutil.copytree(another, tmp_path / "damaged")
+    with open(tmp_path / "damaged" / "text_decoder.pt", "ab") as file:
+        file.write(b"damage")
+    for command in ("serve", "reload"):
+        done = subprocess.run(
+            [sys.executable, "blip.py", command, str(tmp_path / "damaged")], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 2
+        assert "text_decoder.pt was changed after its trace" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_proxies_that_need_more_than_a_minute_are_waited_for(monkeypatch):
