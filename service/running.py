@@ -50,8 +50,7 @@ def started(arguments, *, host="127.0.0.1", port=8000, metrics_port=None, page=F
 @contextlib.contextmanager
 def cluster(replicas, ingresses, host, port, metrics_port=None):
     """Ray and Ray Serve on this machine, with a declared core for each replica where there is no Neuron."""
-    for name in ("ray", "ray.serve"):  # what is wrong comes as an exception or a status
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    quiet()
     cores = {} if default_backend() == "neuron" else {"resources": {"neuron_cores": replicas}}
     with settings_of_ray():
         try:
@@ -71,6 +70,11 @@ def cluster(replicas, ingresses, host, port, metrics_port=None):
             yield
         finally:
             ray.shutdown()  # ends the processes of the whole cluster, which was started for this service alone
+
+
+def quiet():
+    for name in ("ray", "ray.serve"):  # what is wrong comes as an exception or a status
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def start_serve(**options):
@@ -98,9 +102,9 @@ def wait_until_answered(url, seconds=120):
 
 
 def run(application, name="vqa", route_prefix="/vqa"):
-    quiet = {"log_level": "WARNING", "enable_access_log": False}
+    without_requests = {"log_level": "WARNING", "enable_access_log": False}
     try:
-        serve.run(application, name=name, route_prefix=route_prefix, logging_config=quiet)
+        serve.run(application, name=name, route_prefix=route_prefix, logging_config=without_requests)
     except RuntimeError as error:  # a traceback of another process, whose last line says what is wrong
         raise RuntimeError(f"{name} did not start: {str(error).strip().splitlines()[-1]}") from error
 
@@ -151,13 +155,11 @@ def serve_until_interrupted(arguments):
     """``python blip.py serve``: start, say where to look and what to type, wait for Ctrl-C."""
     stop = threading.Event()
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # until all is there both end it at once
-    of_vqa = VqaArguments(
-        **{name: value for name, value in vars(arguments).items() if name in VqaArguments.model_fields}
-    )
+    given = {name: value for name, value in vars(arguments).items() if name in VqaArguments.model_fields}
     print(f"starting {arguments.replicas} replicas of {arguments.directory} ...", flush=True)
     metrics_port = arguments.metrics_port or free_port()
     where = {"host": arguments.host, "port": arguments.port, "metrics_port": metrics_port}
-    with started(of_vqa, **where, page=True) as address:
+    with started(VqaArguments(**given), **where, page=True) as address:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         print(HOW_TO.format(address=address, metrics=f"http://127.0.0.1:{metrics_port}/metrics"), flush=True)
@@ -190,6 +192,7 @@ def reload_artifact(arguments):
     directory = Path(arguments.directory).resolve()
     model, processor = load_blip(arguments.model, processor=arguments.processor)
     _, known = known_answer(directory, model, processor)
+    quiet()
     with contextlib.ExitStack() as undo:
         try:
             ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR, namespace="serve")

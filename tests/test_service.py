@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import requests
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
@@ -26,7 +27,7 @@ from pydantic import ValidationError
 from blip_helpers import BlipShapes, infer, load_blip, trace
 from models.scenes import examples
 from service.app import VqaArguments
-from service.artifacts import known_answer
+from service.artifacts import artifact_hash, known_answer
 from service.running import change_over, check_port, start_serve, started
 
 ROOT = Path(__file__).parents[1]
@@ -273,6 +274,18 @@ def test_a_replica_that_is_killed_is_replaced_and_serves_what_was_served(address
         time.sleep(0.2)
     assert len(replicas()) == 2
     assert {post(address, json=body()).json()[0]["artifact"] for _ in range(20)} == {known.artifact}
+
+
+def test_the_command_exchanges_the_artifact(address, directory):
+    as_a_user = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    # Other tests may have a service on this machine meanwhile.
+    where = as_a_user | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "RAY_AUTH_MODE": "token"}
+    command = [sys.executable, "blip.py", "reload", str(directory)]
+    done = subprocess.run(command, cwd=ROOT, env=where, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"2 replicas answer from {directory} now" in done.stdout and done.stderr == ""
+    artifact = artifact_hash(directory)
+    assert {post(address, json=body()).json()[0]["artifact"] for _ in range(8)} == {artifact}
 
 
 def test_what_the_dashboard_shows_is_counted(address, metrics_port):
