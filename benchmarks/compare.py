@@ -1,11 +1,13 @@
 """Time the compiled models beside Hugging Face's eager one: ``python benchmarks/compare.py --model base``.
 
-Everything runs in one process, in turns: each round calls every contestant once, so that a machine that slows down
-slows all of them. CPU times of the stand-in; they say nothing about Neuron.
+Each kind of work in each dtype is measured by itself, since not everything fits into memory together: in one process,
+in turns, each round calls every contestant once, so that a machine that slows down slows all of them, Hugging Face's
+eager fp32 model among them. CPU times of the stand-in; they say nothing about Neuron.
 """
 
 import argparse
 import copy
+import gc
 import importlib.metadata
 import json
 import os
@@ -89,10 +91,10 @@ def eager_step(model, questions, answer_length):
     )
 
 
-def contestants(model, name, arguments, pixels, questions):
-    """For each kind of work its contestants: ``{work: {name: (prepare, call)}}``; prepare is not timed.
+def contestants(model, name, arguments, pixels, questions, work, dtype):
+    """The contestants of a kind of work in a dtype: ``{name: (prepare, call)}``; prepare is not timed.
 
-    `pixels` are those of a resized picture, uint8.
+    The first is Hugging Face's eager fp32 model. `pixels` are those of a resized picture, uint8.
     """
     works = {work: {} for work in WORKS}
     one, eight, step = works.values()
@@ -105,17 +107,21 @@ def contestants(model, name, arguments, pixels, questions):
         add(one, contestant, lambda: call(questions[:1]))
         add(eight, contestant, lambda: call(questions))
 
-    for dtype in arguments.dtypes:
-        short = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-        eager = model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
-        cast = pictures.to(dtype)
-        add_both(f"HF eager {short}", lambda q, m=eager, p=cast: one_by_one(m, q, p))
-        add(eight, f"HF eager {short}, vision once", lambda m=eager, p=cast: vision_once(m, questions, p))
+    def add_eager(eager, short):
+        cast = pictures.to(eager.dtype)
+        add_both(f"HF eager {short}", lambda q: one_by_one(eager, q, cast))
+        add(eight, f"HF eager {short}, vision once", lambda: vision_once(eager, questions, cast))
         step[f"HF eager {short}, its cache"] = eager_step(eager, questions, arguments.answer_length)
-        if arguments.others:
-            add_others(add_both, model, eager, short, arguments.threads, pictures)
-        add_ours(add, works, model, name, arguments, pixels, questions, dtype, short)
-    return {WORKS[work]: works[work] for work in arguments.work}
+
+    short = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    eager = model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
+    add_eager(model, "fp32")
+    if eager is not model:
+        add_eager(eager, short)
+    if arguments.others and work != "step":
+        add_others(add_both, model, eager, short, arguments.threads, pictures)
+    add_ours(add, works, model, name, arguments, pixels, questions, work, dtype, short)
+    return works[work]
 
 
 def add_others(add_both, model, eager, short, threads, pictures):
@@ -132,36 +138,38 @@ def add_others(add_both, model, eager, short, threads, pictures):
         add_both(f"{name} {short}, plainly", lambda q, c=calls: others.answer(c, model, q, pictures, NEW_TOKENS))
 
 
-def add_ours(add, works, model, name, arguments, pixels, questions, dtype, short):
+def add_ours(add, works, model, name, arguments, pixels, questions, work, dtype, short):
     """Each decoder on the CPU stand-in, and where it is installed on OpenVINO; beside them the article's."""
     one, eight, step = works.values()
+    asked = questions if work == "eight" else questions[:1]
     pictures = Pixels().normalise(pixels)
     for backend in ("cpu", "openvino"):
         if backend == "openvino" and not (others.installed("openvino") and arguments.others):
             continue
         where = {"cpu": "", "openvino": ", OpenVINO"}[backend]
         for kind in arguments.decoders:
-            for count, of_work in ((1, ("one", "step")), (QUESTIONS, ("eight",))):
-                if not set(of_work) & set(arguments.work):
-                    continue  # a model of full size takes up to 4 GB
-                work = works[of_work[0]]
-                shapes = BlipShapes(
-                    count, 1, QUESTION_TOKENS, arguments.answer_length, **UNROLLED if kind == "unrolled" else {}
-                )
-                directory = BUILD / f"{name}-{kind}-{short}-{count}-{arguments.answer_length}{where[2:]}"
-                compiled = trace(model, directory, shapes, decoder=kind, dtype=dtype, backend=backend)
-                given = pixels if kind == "unrolled" else pictures
-                asked = questions[:count]
-                add(work, f"{kind} {short}{where}", lambda c=compiled, q=asked, p=given: c.generate(q, p, **LIMIT))
-                if count == 1 and backend == "cpu" and kind != "unrolled":
-                    _, inputs = parts_to_trace(model, shapes, kind)["text_decoder"]
-                    add(step, f"{kind} {short}", lambda c=compiled, i=inputs: c.text_decoder.decoder.decoder(*i))
-                    if kind == "padded" and dtype == torch.float32:
-                        graph = trace_module(ArticleDecoder(model.text_decoder), inputs)
-                        whole = with_decoder(compiled, graph)
-                        add(step, "the article's fp32", lambda g=graph, i=inputs: g(*i))
-                        add(one, "the article's fp32", lambda w=whole: one_by_one(w, questions[:1], pictures))
-                        add(eight, "the article's fp32", lambda w=whole: one_by_one(w, questions, pictures))
+            if work == "step" and (backend, kind == "unrolled") != ("cpu", False):
+                continue
+            options = UNROLLED if kind == "unrolled" else {}
+            shapes = BlipShapes(len(asked), 1, QUESTION_TOKENS, arguments.answer_length, **options)
+            directory = BUILD / f"{name}-{kind}-{short}-{len(asked)}-{arguments.answer_length}{where[2:]}"
+            compiled = trace(model, directory, shapes, decoder=kind, dtype=dtype, backend=backend)
+            given = pixels if kind == "unrolled" else pictures
+            for whole in (one, eight):
+                add(whole, f"{kind} {short}{where}", lambda c=compiled, p=given: c.generate(asked, p, **LIMIT))
+            _, inputs = parts_to_trace(model, shapes, kind)["text_decoder"]
+            add(step, f"{kind} {short}", lambda c=compiled, i=inputs: c.text_decoder.decoder.decoder(*i))
+            if backend == "cpu" and kind == "padded" and dtype == torch.float32:
+                shapes = BlipShapes(1, 1, QUESTION_TOKENS, arguments.answer_length)
+                _, inputs = parts_to_trace(model, shapes, kind)["text_decoder"]
+                graph = trace_module(ArticleDecoder(model.text_decoder), inputs)
+                if work == "eight":  # the article's graphs take one question
+                    directory = BUILD / f"{name}-padded-fp32-1-{arguments.answer_length}"
+                    compiled = trace(model, directory, shapes, decoder=kind)
+                article = with_decoder(compiled, graph)
+                add(step, "the article's fp32", lambda g=graph, i=inputs: g(*i))
+                for whole in (one, eight):
+                    add(whole, "the article's fp32", lambda a=article: one_by_one(a, asked, pictures))
 
 
 def with_decoder(compiled, graph):
@@ -173,27 +181,22 @@ def with_decoder(compiled, graph):
     )
 
 
-def measure(works, rounds, end):
+def measure(entries, rounds, end, of_what):
     """Seconds of every contestant in every round, after one round that is thrown away, and in how many answers of that
-    round a contestant differs from the first one of its work, up to the token `end`."""
-    times = {work: {name: [] for name in entries} for work, entries in works.items()}
-    answers = {}
-    for turn in tqdm(range(rounds + 1), desc="rounds, the first to warm up"):
-        for work, entries in works.items():
-            for name, (prepare, call) in entries.items():
-                given = prepare()
-                start = time.perf_counter()
-                output = call(given)
-                if turn:
-                    times[work][name].append(time.perf_counter() - start)
-                elif work != WORKS["step"]:
-                    answers.setdefault(work, {})[name] = [until(end, row) for row in output.tolist()]
+    round, up to the token `end`, a contestant differs from the first one: both by its name."""
+    times, answers = {name: [] for name in entries}, {}
+    for turn in tqdm(range(rounds + 1), desc=f"{of_what}: rounds, the first to warm up"):
+        for name, (prepare, call) in entries.items():
+            given = prepare()
+            start = time.perf_counter()
+            output = call(given)
+            if turn:
+                times[name].append(time.perf_counter() - start)
+            elif isinstance(output, torch.Tensor) and not output.is_floating_point():
+                answers[name] = [until(end, row) for row in output.tolist()]
+    first = next(iter(answers.values()), [])
     differ = {
-        work: {
-            name: sum(row != first for row, first in zip(rows, next(iter(entries.values())), strict=True))
-            for name, rows in entries.items()
-        }
-        for work, entries in answers.items()
+        name: sum(row != of_first for row, of_first in zip(rows, first, strict=True)) for name, rows in answers.items()
     }
     return times, differ
 
@@ -221,16 +224,14 @@ def machine():
     }
 
 
-def table(times, differ):
-    """Median, quartiles in milliseconds, and how many times as fast as the work's first contestant."""
-    rows = []
-    for work, entries in times.items():
-        base = None
-        for name, seconds in entries.items():
-            low, middle, high = (1e3 * q for q in statistics.quantiles(seconds, n=4, method="inclusive"))
-            base = base or middle
-            row = {"work": work, "name": name, "median": middle, "low": low, "high": high, "ratio": base / middle}
-            rows.append(row | {"answers that differ": differ[work][name]} if work in differ else row)
+def table(work, times, differ):
+    """Median, quartiles in milliseconds, and how many times as fast as the first contestant."""
+    rows, base = [], None
+    for name, seconds in times.items():
+        low, middle, high = (1e3 * q for q in statistics.quantiles(seconds, n=4, method="inclusive"))
+        base = base or middle
+        row = {"work": work, "name": name, "median": middle, "low": low, "high": high, "ratio": base / middle}
+        rows.append(row | {"answers that differ": differ[name]} if name in differ else row)
     return rows
 
 
@@ -259,8 +260,9 @@ def read_arguments():
     parser.add_argument(
         "--others",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="torch.compile, and ONNX Runtime and OpenVINO where they are installed; compiling takes minutes",
+        default=False,
+        help="torch.compile, and ONNX Runtime and OpenVINO where they are installed: that takes minutes, and at full "
+        "size 20 GB even with --decoders unrolled",
     )
     parser.add_argument("--decoders", default=",".join(DECODERS), help=f"any of {','.join(DECODERS)}")
     parser.add_argument("--work", default="one,eight,step", help="any of one,eight,step")
@@ -302,8 +304,15 @@ def main():
     size = config.vision_config.image_size
     pixels = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8)
     questions = torch.randint(5, config.text_config.vocab_size - 5, (QUESTIONS, QUESTION_TOKENS))
-    works = contestants(model, name, arguments, pixels, questions)
-    rows = table(*measure(works, arguments.rounds, config.text_config.sep_token_id))
+    rows = []
+    for work in arguments.work:
+        for dtype in arguments.dtypes:
+            entries = contestants(model, name, arguments, pixels, questions, work, dtype)
+            measured = measure(entries, arguments.rounds, config.text_config.sep_token_id, f"{WORKS[work]}, {dtype}")
+            known = {(row["work"], row["name"]) for row in rows}
+            rows += [row for row in table(WORKS[work], *measured) if (row["work"], row["name"]) not in known]
+            del entries
+            gc.collect()
 
     print(f"\n{'work':<14}{'contestant':<30}{'median':>10}{'quartiles':>20}{'times as fast':>15}")
     for row in rows:
