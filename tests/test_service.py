@@ -28,7 +28,7 @@ from blip_helpers import BlipShapes, infer, load_blip, trace
 from models.scenes import examples
 from service.app import VqaArguments
 from service.artifacts import artifact_hash, known_answer
-from service.running import change_over, check_port, start_serve, started
+from service.running import change_over, check_port, start_serve, started, uninterrupted
 
 ROOT = Path(__file__).parents[1]
 ASKED = list(examples("held-out", 24, start=100))
@@ -336,6 +336,16 @@ def test_a_service_is_not_started_on_a_damaged_artifact_and_none_is_reloaded(ano
         )
         assert done.returncode == 2
         assert "text_decoder.pt was changed after its trace" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_ctrl_c_does_not_interrupt_a_change_over():
+    before = signal.getsignal(signal.SIGINT)
+    with uninterrupted():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+    assert signal.getsignal(signal.SIGINT) is before
+    with ThreadPoolExecutor(1) as elsewhere:  # as in a notebook
+        assert elsewhere.submit(uninterrupted().__enter__).result() is None
 
 
 def test_proxies_that_need_more_than_a_minute_are_waited_for(monkeypatch):
