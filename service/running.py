@@ -83,7 +83,7 @@ def start_serve(**options):
     options["logging_config"] = {"log_level": "ERROR", "enable_access_log": False}
     try:
         serve.start(**options)
-    except TimeoutError:
+    except (TimeoutError, RayError):
         serve.start(**options)
 
 
@@ -105,7 +105,7 @@ def run(application, name="vqa", route_prefix="/vqa"):
     without_requests = {"log_level": "WARNING", "enable_access_log": False}
     try:
         serve.run(application, name=name, route_prefix=route_prefix, logging_config=without_requests)
-    except RuntimeError as error:  # a traceback of another process, whose last line says what is wrong
+    except (RuntimeError, RayError) as error:  # a traceback of another process; its last line says what is wrong
         raise RuntimeError(f"{name} did not start: {str(error).strip().splitlines()[-1]}") from error
 
 

@@ -23,6 +23,7 @@ from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from pydantic import ValidationError
+from ray import serve
 
 from blip_helpers import BlipShapes, infer, load_blip, trace
 from models.scenes import examples
@@ -72,10 +73,9 @@ def address(directory, metrics_port):
     arguments = VqaArguments(directory=str(directory), replicas=2)
     with started(arguments, port=free_port(), metrics_port=metrics_port) as address:
         yield address
-    left = [
-        process.name() for process in psutil.Process().children(recursive=True) if "ray" in " ".join(process.cmdline())
-    ]
-    assert left == []
+    family = psutil.Process().children(recursive=True)
+    alive = [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert [process.name() for process in alive if "ray" in " ".join(process.cmdline())] == []
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,12 @@ def post(address, path="/vqa", **how):
 def body(number=0, **more):
     picture = base64.b64encode(png(ASKED[number].image)).decode()
     return {"inputs": picture, "question": ASKED[number].question, "parameters": {}, "image": picture, **more}
+
+
+def running_replicas():
+    """How many replicas answer, as Serve says."""
+    states = serve.status().applications["vqa"].deployments["Answerer"].replica_states
+    return states.get("RUNNING", 0)
 
 
 def replicas():
@@ -277,6 +283,9 @@ def test_a_replica_that_is_killed_is_replaced_and_serves_what_was_served(address
 
 
 def test_the_command_exchanges_the_artifact(address, directory):
+    deadline = time.time() + 60  # the one that was killed above may be starting still
+    while running_replicas() < 2 and time.time() < deadline:
+        time.sleep(0.2)
     as_a_user = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     # Other tests may have a service on this machine meanwhile.
     where = as_a_user | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "RAY_AUTH_MODE": "token"}
