@@ -73,9 +73,9 @@ def address(directory, metrics_port):
     arguments = VqaArguments(directory=str(directory), replicas=2)
     with started(arguments, port=free_port(), metrics_port=metrics_port) as address:
         yield address
-    family = psutil.Process().children(recursive=True)
-    alive = [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
-    assert [process.name() for process in alive if "ray" in " ".join(process.cmdline())] == []
+        family = psutil.Process().children(recursive=True)  # afterwards what was left would be nobody's child
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert [process.name() for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 
 
 @pytest.fixture(scope="module")
