@@ -137,7 +137,7 @@ def serve(arguments):
 
 def reload(arguments):
     """Give the running service another artifact."""
-    from service.running import reload_artifact
+    from service.reloading import reload_artifact
 
     return reload_artifact(arguments)
 

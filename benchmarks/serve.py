@@ -31,7 +31,7 @@ import torch
 from compare import BUILD, ROOT, machine
 from PIL import Image
 
-from service.running import change_over, cluster, free_port, run, started  # isort: skip  (its settings come before Ray)
+from service.running import cluster, free_port, run, started  # isort: skip  (its settings come before Ray)
 from host import A_TOKEN, QUESTIONS, Constant
 from ray import serve
 from transformers import BlipImageProcessorPil, BlipProcessor
@@ -53,6 +53,7 @@ from service.answering import Answering
 from service.app import VqaArguments
 from service.artifacts import SHAPES, Known, Serving, known_answer
 from service.ingress import Ingress
+from service.reloading import change_over
 
 HERE = Path(__file__).parent
 PICTURES = 300

@@ -3,7 +3,8 @@
 Without Ray: `faults` (what a failure of a NeuronCore means), `bodies` (what a request may hold), `admission` (how many
 may wait), `answering` (a batch on a core), `batching` (how batches form), `artifacts` (what is served, and its known
 answer). With Ray: `metrics`, `answerer` (a replica on a core), `ingress` (HTTP), `app` (the application that answers),
-`page` (the one for a browser), and `running` (the commands). Each imports only those that stand before it.
+`page` (the one for a browser), `running` (all of it on this machine) and `reloading` (another artifact for it). Each
+imports only those that stand before it.
 """
 
 import importlib.util

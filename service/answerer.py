@@ -13,11 +13,12 @@ from ray import serve
 
 from service.artifacts import check_known, load_known
 from service.batching import Batcher
+from service.bodies import MAX_ANSWERS
 from service.faults import CoreLost
 from service.metrics import AnswererMetrics
 
 logger = logging.getLogger("ray.serve")
-BATCH, ANSWERS = 8, 64  # requests that are taken together, and their answers; the model may take several calls
+BATCH = 8  # requests that are taken together; the model may take them in several calls
 
 
 def answers_of(ask):
@@ -61,7 +62,7 @@ class Answerer:
         torch.set_grad_enabled(False)
         # Batches and health checks run here, one after another, and the event loop goes on.
         self._core = ThreadPoolExecutor(1, thread_name_prefix="core")
-        self._batches = Batcher(functools.partial(self._on_the_core, self._answer), BATCH, ANSWERS, answers_of)
+        self._batches = Batcher(functools.partial(self._on_the_core, self._answer), BATCH, MAX_ANSWERS, answers_of)
         self._metrics = AnswererMetrics()
         self._processor, self._next = processor, None
         self._serving, self._seen_bytes = serving, seen_bytes

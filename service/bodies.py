@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 MAX_BODY = 32 * 2**20  # bytes; the client sends a picture twice, each a third larger than its file
 MAX_PIXELS = 50_000_000  # of a picture, decoded: 150 MB in RGB
 MAX_QUESTIONS = 64  # of one request
-MAX_ANSWERS = 64  # of one request, which has so many for each question as it asks for
+MAX_ANSWERS = 64  # of one request, or of a batch of several: questions times the answers to each
 MAX_QUESTION = 2_000  # characters; of more than that no model's tokens are enough, and counting them takes long
 SECONDS_TO_ARRIVE = 10  # of a body
 # Those that browsers and cameras make. Pillow reads more, some of them by starting another program.

@@ -92,7 +92,7 @@ def too_long(question):
     return Failure(422, f"question has {len(question)} characters; {MAX_QUESTION} are read: ask something shorter")
 
 
-def sentence_of(error):
+def what_ray_says(error):
     """What to tell a client of an exception of Ray's."""
     if isinstance(error, RayActorError):
         return f"the replica that had this request ended ({type(error).__name__}): ask again"
@@ -166,7 +166,7 @@ class Ingress:
         try:
             await self._answerer.check_health.remote()
         except (RayError, RayServeException) as error:
-            return refused(Refusal(503, sentence_of(error)))
+            return refused(Refusal(503, what_ray_says(error)))
         return {"status": "ok"}
 
     async def _respond(self, request, kind, response_of):
@@ -190,7 +190,7 @@ class Ingress:
             outcome = "refused" if error.status < 500 else "failed"
             return refused(error)
         except (RayError, RayServeException) as error:
-            return refused(Refusal(503 if isinstance(error, RayServeException) else 500, sentence_of(error)))
+            return refused(Refusal(503 if isinstance(error, RayServeException) else 500, what_ray_says(error)))
         except (ClientDisconnect, asyncio.CancelledError):
             outcome = "left"  # or took longer than Serve allows
             raise

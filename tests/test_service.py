@@ -29,7 +29,8 @@ from blip_helpers import BlipShapes, infer, load_blip, trace
 from models.scenes import examples
 from service.app import VqaArguments
 from service.artifacts import artifact_hash, known_answer
-from service.running import change_over, check_port, start_serve, started, uninterrupted
+from service.reloading import change_over, uninterrupted
+from service.running import check_port, start_serve, started
 
 ROOT = Path(__file__).parents[1]
 ASKED = list(examples("held-out", 24, start=100))
