@@ -72,11 +72,12 @@ def metrics_port():
 @pytest.fixture(scope="module")
 def address(directory, metrics_port):
     arguments = VqaArguments(directory=str(directory), replicas=2)
+    before = set(psutil.Process().children(recursive=True))  # another file's, such as the process that lowers
     with started(arguments, port=free_port(), metrics_port=metrics_port) as address:
         yield address
-        family = psutil.Process().children(recursive=True)  # afterwards what was left would be nobody's child
-    _, alive = psutil.wait_procs(family, timeout=20)
-    assert [process.name() for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+        family = set(psutil.Process().children(recursive=True))  # afterwards what was left would be nobody's child
+    _, alive = psutil.wait_procs(family - before, timeout=20)
+    assert [process.cmdline() for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 
 
 @pytest.fixture(scope="module")
