@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,10 @@ settings.load_profile("same every time")
 
 # The models are so small that a second thread costs more than it saves, the more so on a busy machine.
 torch.set_num_threads(1)
+
+# A shell starts what it runs in the background deaf to Ctrl-C, and so would be each command that a test interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
